@@ -1,0 +1,154 @@
+"""Owns the answer to "who is late?": after a failed exchange every surviving rank says where it stands, and why.
+
+The reports travel through the key-value store of the process group, which still answers when the group's connections
+are broken. Nothing is written while all goes well. It does not detect failures; `transport` does.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+__all__ = ["RankReport", "RollCall", "find_culprits"]
+
+_POLL_INTERVAL_S = 0.02
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What a rank says of itself when it could not finish an operation.
+
+    Attributes:
+        rank: The rank that reports.
+        operation_idx: How many operations it had begun, this one included.
+        phase_idx: How many exchanges of this operation it had begun.
+        phase: What it was doing, in words.
+        waiting_on: The peer whose message it did not get, or None.
+        rejection: Why it refused the operation before taking part, or None.
+    """
+
+    rank: int
+    operation_idx: int
+    phase_idx: int
+    phase: str
+    waiting_on: int | None = None
+    rejection: str | None = None
+
+    def __str__(self) -> str:
+        if self.rejection is not None:
+            return f"refused: {self.rejection}"
+        peer = "" if self.waiting_on is None else f", waiting for rank {self.waiting_on}"
+        return f"in {self.phase}{peer}"
+
+
+class RollCall:
+    """Posts and collects the reports of one group.
+
+    Args:
+        store: The group's store (anything with `set`, `check` and `get`), or None where the group has none.
+        rank: This rank.
+        num_ranks: Number of ranks in the group.
+    """
+
+    def __init__(self, store: Any | None, *, rank: int, num_ranks: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._num_ranks = num_ranks
+
+    def post(self, report: RankReport, *, timeout_s: float) -> bool:
+        """Publish this rank's report; returns whether that worked. Never raises, never blocks past `timeout_s`."""
+        if self._store is None:
+            return False
+        text = json.dumps(asdict(report))
+        return _bounded(lambda: self._post_now(text), timeout_s, default=False)
+
+    def _post_now(self, text: str) -> bool:
+        assert self._store is not None
+        self._store.set(self._key(self._rank), text)
+        return True
+
+    def collect(self, operation_idx: int, *, timeout_s: float) -> dict[int, RankReport] | None:
+        """The reports of the other ranks on this operation or a later one, by rank.
+
+        Waits until all have reported or the time is over.
+
+        Returns:
+            The reports, or None when the store does not answer.
+        """
+        if self._store is None:
+            return None
+        deadline = time.monotonic() + timeout_s
+        return _bounded(lambda: self._collect_until(operation_idx, deadline), timeout_s + 1.0, default=None)
+
+    def _collect_until(self, operation_idx: int, deadline: float) -> dict[int, RankReport]:
+        assert self._store is not None
+        reports: dict[int, RankReport] = {}
+        others = [rank for rank in range(self._num_ranks) if rank != self._rank]
+        while True:
+            for rank in others:
+                if rank in reports or not self._store.check([self._key(rank)]):
+                    continue
+                report = RankReport(**json.loads(self._store.get(self._key(rank))))
+                # An older report is left over from a refusal that every rank shared and survived.
+                if report.operation_idx >= operation_idx:
+                    reports[rank] = report
+            if len(reports) == len(others) or time.monotonic() >= deadline:
+                return reports
+            time.sleep(_POLL_INTERVAL_S)
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"report/{rank}"
+
+
+def find_culprits(own: RankReport, reports: Mapping[int, RankReport] | None, *, num_ranks: int) -> list[int]:
+    """The ranks that kept `own.rank` from finishing, from what is known.
+
+    In this order: ranks that refused; ranks that say nothing (dead, or still on their way); ranks that had begun less
+    than the others; the peer that was waited for. A rank that finds that the others gave up on it names itself.
+
+    Args:
+        own: This rank's report.
+        reports: The other ranks' reports, by rank; None when they could not be asked.
+        num_ranks: Number of ranks in the group.
+
+    Returns:
+        The ranks, ascending; never empty.
+    """
+    direct = [own.waiting_on if own.waiting_on is not None else own.rank]
+    if reports is None:
+        return direct
+    if refused := sorted(rank for rank, report in reports.items() if report.rejection is not None):
+        return refused
+    if silent := sorted(set(range(num_ranks)) - set(reports) - {own.rank}):
+        return silent
+    everyone = {own.rank: own, **reports}
+    progress = {rank: (report.operation_idx, report.phase_idx) for rank, report in everyone.items()}
+    if behind := sorted(rank for rank in everyone if progress[rank] < max(progress.values())):
+        return behind
+    blamed = [report.waiting_on for rank, report in everyone.items() if rank != own.rank]
+    if blamed.count(own.rank) * 2 > len(blamed):
+        return [own.rank]
+    return direct
+
+
+def _bounded(call: Callable[[], _Result], timeout_s: float, *, default: _Result) -> _Result:
+    """Run `call` on a thread of its own, since a store whose host is gone may block; `default` if it fails or is late."""
+    result = [default]
+
+    def target() -> None:
+        try:
+            result[0] = call()
+        except Exception:  # the store's clients raise many types; any of them means that it does not answer
+            return
+
+    thread = threading.Thread(target=target, name="deep-ep-roll-call", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return result[0]

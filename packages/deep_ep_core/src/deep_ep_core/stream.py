@@ -1,0 +1,269 @@
+"""Owns streams and events: the communication stream of a device, `EventHandle`, `EventOverlap`, and the stream scope of one operation.
+
+It does not own tensors' memory, and knows nothing of what an operation moves. On a CPU every operation is complete
+when it returns, so streams and events carry no work there; the same calls are valid and wait for nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from deep_ep_core.env import get_env
+from deep_ep_core.errors import ConfigError
+
+__all__ = ["CommScope", "EventHandle", "EventOverlap", "NoEventError", "StreamOptions", "comm_stream"]
+
+
+class NoEventError(ConfigError, AssertionError):
+    """`EventOverlap` was asked to wait, but holds no event: the operation was not asynchronous.
+
+    Also an AssertionError, which is what existing callers catch.
+    """
+
+
+def _default_device() -> torch.device:
+    """The device whose current stream a bare `EventHandle()` records on."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class EventHandle:
+    """A point in a stream that other streams can wait for.
+
+    Args:
+        device: Device whose current stream is recorded; None takes the current CUDA device, or the CPU where CUDA is
+            not in use.
+        stream: CUDA stream to record on instead of the current one.
+        kept_tensors: Tensors to keep alive as long as this handle lives.
+
+    Stream: records on the current stream of `device`, or on `stream`. Collective: no.
+    """
+
+    __slots__ = ("_event", "_kept_tensors", "device")
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        *,
+        stream: torch.cuda.Stream | None = None,
+        kept_tensors: Iterable[torch.Tensor] = (),
+    ) -> None:
+        self.device = _default_device() if device is None else torch.device(device)
+        self._kept_tensors = tuple(kept_tensors)
+        self._event: torch.cuda.Event | None = None
+        if self.device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(stream if stream is not None else torch.cuda.current_stream(self.device))
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream of the event's device wait for the event. Does not block the host."""
+        self.wait_on(None)
+
+    def wait_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Make `stream` (None: the current one) wait for the event. Does not block the host."""
+        if self._event is not None:
+            (stream if stream is not None else torch.cuda.current_stream(self.device)).wait_event(self._event)
+
+    def __repr__(self) -> str:
+        return f"EventHandle(device={self.device}, kept_tensors={len(self._kept_tensors)})"
+
+
+class EventOverlap:
+    """What an operation returns so that its caller can overlap work with it and wait for it later.
+
+    Args:
+        event: The event of an asynchronous operation; None when the operation was not asynchronous.
+        extra_tensors: Tensors kept alive as long as this object lives.
+
+    As a context manager it waits when the block ends, if it holds an event:
+
+        with event_overlap:
+            other_work()
+        # here the current stream has waited
+    """
+
+    def __init__(self, event: EventHandle | None = None, extra_tensors: tuple[torch.Tensor, ...] | None = None) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+        self.hook_after_wait: Callable[[], Any] | None = None
+        self._release_on_exit = False
+
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Make the current stream wait for the event, then run and clear the hook, if one is registered.
+
+        Args:
+            release_handle: Also drop the event afterwards, and with it every tensor that it keeps alive.
+
+        Raises:
+            NoEventError: The operation was not asynchronous, so there is no event.
+        """
+        if self.event is None:
+            raise NoEventError(
+                "current_stream_wait needs an event, but this EventOverlap holds none: the operation was called "
+                "without async_with_compute_stream=True (its results are ready for the current stream already), "
+                "or the event was released"
+            )
+        self.event.current_stream_wait()
+        hook, self.hook_after_wait = self.hook_after_wait, None
+        if hook is not None:
+            hook()
+        if release_handle:
+            self.event = None
+
+    def register_hook_after_wait(self, hook: Callable[[], Any]) -> None:
+        """Run `hook` once, after the next wait.
+
+        Raises:
+            ConfigError: A hook is pending already.
+        """
+        if self.hook_after_wait is not None:
+            raise ConfigError("at most one hook can be pending on an EventOverlap; wait for it before adding another")
+        self.hook_after_wait = hook
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        """Set whether the next `with` block releases the event when it ends; returns self."""
+        self._release_on_exit = release_handle
+        return self
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        release, self._release_on_exit = self._release_on_exit, False
+        if self.event is not None:
+            self.current_stream_wait(release)
+
+    def __repr__(self) -> str:
+        return f"EventOverlap(event={self.event!r})"
+
+
+_comm_streams: dict[int, torch.cuda.Stream] = {}
+_comm_streams_lock = threading.Lock()
+
+
+def comm_stream(device: torch.device) -> torch.cuda.Stream | torch.cpu.Stream:
+    """The communication stream of a device: one per process and device, of high priority.
+
+    Args:
+        device: A CUDA device, or the CPU, whose stream object carries no work.
+
+    Returns:
+        The same stream for the same device, always.
+    """
+    if device.type != "cuda":
+        return torch.cpu.current_stream()
+    device_idx = device.index if device.index is not None else torch.cuda.current_device()
+    with _comm_streams_lock:
+        if device_idx not in _comm_streams:
+            _comm_streams[device_idx] = torch.cuda.Stream(device_idx, priority=-1)
+        return _comm_streams[device_idx]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """How one operation sits in the caller's streams.
+
+    Attributes:
+        previous_event: The communication stream waits for this instead of for the current stream's present tail.
+        previous_event_before_epilogue: The communication stream waits for this before the operation's last step.
+        async_with_compute_stream: Return an event instead of making the current stream wait.
+        allocate_on_comm_stream: Take the results' memory from the communication stream's pool.
+    """
+
+    previous_event: EventHandle | EventOverlap | None = None
+    previous_event_before_epilogue: EventHandle | EventOverlap | None = None
+    async_with_compute_stream: bool = False
+    allocate_on_comm_stream: bool = False
+
+
+class CommScope:
+    """Runs one operation on the communication stream and restores the caller's stream in every case.
+
+    Inside the `with` block the communication stream is current. It has waited for `previous_event`, or for the
+    caller's stream where none is given. `finish` ends the operation: it returns an event, or makes the caller's stream
+    wait. Tensors that cross the two streams are recorded on both, or kept alive by the event
+    (`EP_AVOID_RECORD_STREAM`).
+
+    Args:
+        device: Device of the operation.
+        options: How the operation sits in the caller's streams.
+
+    Raises:
+        ConfigError: The communication stream is already current, so there is nothing to overlap with.
+    """
+
+    def __init__(self, device: torch.device, options: StreamOptions) -> None:
+        self._device = device
+        self._options = options
+        self._compute_stream: torch.cuda.Stream | None = None
+        self._comm_stream: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> CommScope:
+        if self._device.type != "cuda":
+            return self
+        compute, comm = torch.cuda.current_stream(self._device), comm_stream(self._device)
+        assert isinstance(comm, torch.cuda.Stream)
+        if compute == comm:
+            raise ConfigError(
+                "a communication call must come from a stream of its own, but the communication stream is current; "
+                "leave the `torch.cuda.stream(buffer.get_comm_stream())` block before calling"
+            )
+        if self._options.previous_event is not None:
+            _wait(comm, self._options.previous_event)
+        else:
+            comm.wait_stream(compute)
+        self._compute_stream, self._comm_stream = compute, comm
+        torch.cuda.set_stream(comm)
+        return self
+
+    def wait_before_epilogue(self) -> None:
+        """Make the communication stream wait for `previous_event_before_epilogue`, if there is one."""
+        if self._comm_stream is not None and self._options.previous_event_before_epilogue is not None:
+            _wait(self._comm_stream, self._options.previous_event_before_epilogue)
+
+    def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
+        """End the operation.
+
+        Args:
+            tensors: Every tensor that the operation reads or writes; None entries are skipped.
+
+        Returns:
+            An `EventOverlap` that holds an event if the operation is asynchronous, else an empty one.
+        """
+        is_async = self._options.async_with_compute_stream
+        if self._comm_stream is None or self._compute_stream is None:
+            return EventOverlap(EventHandle(self._device)) if is_async else EventOverlap(None)
+        crossing = [tensor for tensor in tensors if tensor is not None and tensor.is_cuda]
+        keep_alive = is_async and get_env().avoid_record_stream
+        if not keep_alive:
+            # Also for a synchronous call: a result may be freed while the other stream still uses it.
+            for tensor in crossing:
+                tensor.record_stream(self._compute_stream)
+                tensor.record_stream(self._comm_stream)
+        if is_async:
+            kept = crossing if keep_alive else ()
+            return EventOverlap(EventHandle(self._device, stream=self._comm_stream, kept_tensors=kept))
+        self._compute_stream.wait_stream(self._comm_stream)
+        return EventOverlap(None)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._compute_stream is not None:
+            torch.cuda.set_stream(self._compute_stream)
+
+
+def _wait(stream: torch.cuda.Stream, event: EventHandle | EventOverlap) -> None:
+    handle = event.event if isinstance(event, EventOverlap) else event
+    if handle is None:
+        raise NoEventError("the event passed to a communication call is an empty EventOverlap: nothing to wait for")
+    handle.wait_on(stream)

@@ -1,0 +1,269 @@
+"""Owns what the benchmark says: the record of a case, the facts about the machine in it, and the table.
+
+A value that is not known is None, in JSON null; none is made up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deep_ep_ep.bench.cases import Case
+from deep_ep_ep.bench.measure import Measurement
+
+__all__ = ["Machine", "Record", "commit_of", "make_record", "read_machine", "table_head", "table_row"]
+
+_MS_PER_S = 1e3
+_BYTES_PER_GB = 1e9
+_CPU_MODEL = re.compile(r"^model name\s*:\s*(.+)$", flags=re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a run stands on.
+
+    Attributes:
+        device: Name of the GPU or of the processor.
+        driver: Version of the NVIDIA driver.
+        nccl: Version of the NCCL that torch has loaded.
+        torch: Version of torch.
+        commit: Commit of the library's checkout, with `-dirty` if files in it differ.
+    """
+
+    device: str | None
+    driver: str | None
+    nccl: str | None
+    torch: str
+    commit: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One measured case; its fields, in this order, are those of a JSON line.
+
+    Attributes:
+        op: `dispatch`, `combine` or `cached-dispatch`.
+        backend: Name of the backend that ran.
+        device: Name of the GPU or of the processor.
+        driver: Version of the NVIDIA driver.
+        nccl: Version of the NCCL that torch has loaded.
+        torch: Version of torch.
+        commit: Commit of the library's checkout.
+        command: Command line that makes this record again, among others.
+        num_ranks: Number of ranks.
+        num_nodes: Number of physical scale-up domains, make-believe nodes included.
+        num_tokens: Tokens of each rank.
+        hidden: Elements of a token.
+        num_topk: Experts of a token.
+        num_experts: Experts of all ranks.
+        dtype: Of the rows that the operation moves.
+        layout: `token` or `expert`.
+        num_sms: SMs that the operation was given.
+        median_ms: Median over the rounds, of the slowest rank of each.
+        min_ms: Least of the same.
+        max_ms: Most of the same.
+        bytes_moved: The least that the busiest device reads and writes.
+        copy_gbs: GB/s of a copy on the device, read plus write, in the same run.
+        floor_ms: Time of `bytes_moved` at `copy_gbs`.
+        ratio_to_floor: `median_ms` over `floor_ms`.
+        baseline_ms: Median of the same work with torch's all-to-all, in the same run.
+    """
+
+    op: str
+    backend: str
+    device: str | None
+    driver: str | None
+    nccl: str | None
+    torch: str
+    commit: str | None
+    command: str
+    num_ranks: int
+    num_nodes: int
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    num_experts: int
+    dtype: str
+    layout: str
+    num_sms: int | None
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    bytes_moved: int
+    copy_gbs: float
+    floor_ms: float
+    ratio_to_floor: float
+    baseline_ms: float
+
+    def to_json(self) -> str:
+        """The record as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+
+def make_record(
+    case: Case, measurement: Measurement, machine: Machine, *, command: str, num_nodes: int, copy_gbs: float
+) -> Record:
+    """Put together what is known about a case."""
+    floor_ms = measurement.bytes_moved / _BYTES_PER_GB / copy_gbs * _MS_PER_S
+    return Record(
+        op=case.op,
+        backend=measurement.backend,
+        device=machine.device,
+        driver=machine.driver,
+        nccl=machine.nccl,
+        torch=machine.torch,
+        commit=machine.commit,
+        command=command,
+        num_ranks=case.num_ranks,
+        num_nodes=num_nodes,
+        num_tokens=case.num_tokens,
+        hidden=case.hidden,
+        num_topk=case.num_topk,
+        num_experts=case.num_experts,
+        dtype=case.dtype,
+        layout=case.layout,
+        num_sms=measurement.num_sms,
+        median_ms=measurement.library.median_ms,
+        min_ms=measurement.library.min_ms,
+        max_ms=measurement.library.max_ms,
+        bytes_moved=measurement.bytes_moved,
+        copy_gbs=copy_gbs,
+        floor_ms=floor_ms,
+        ratio_to_floor=measurement.library.median_ms / floor_ms,
+        baseline_ms=measurement.baseline.median_ms,
+    )
+
+
+def read_machine(device: torch.device) -> Machine:
+    """Look up the facts about this rank's machine. Collective: no."""
+    is_cuda = device.type == "cuda"
+    return Machine(
+        device=torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
+        driver=_driver_version() if is_cuda else None,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
+        torch=str(torch.__version__),
+        commit=commit_of(Path(__file__)),
+    )
+
+
+def commit_of(file: Path) -> str | None:
+    """The commit of the checkout that a file is tracked in, with `-dirty` if tracked files in it differ.
+
+    None for a file that is not tracked, even inside a checkout: an installed library may lie in someone else's.
+    """
+    try:
+        for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--abbrev=40", "--dirty"]):
+            # A tag that happens to be there would stand in for the hash.
+            options = ["--exclude=*"] if command[0] == "describe" else []
+            done = subprocess.run(
+                ["git", "-C", str(file.parent), *command, *options], capture_output=True, text=True, check=True
+            )
+    # No git, no checkout, or one that git does not trust.
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _driver_version() -> str | None:
+    import pynvml  # loads the driver's library at the first call, which importing this module must not do
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    # Another maker's GPU.
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return None
+
+
+def _cpu_name() -> str | None:
+    try:
+        match = _CPU_MODEL.search(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or None
+
+
+# The table: a heading, the width, and which value. Widths and the blanks between them make 115 columns.
+_COLUMNS = (
+    ("op", 15),
+    ("layout", 6),
+    ("dtype", 5),
+    ("tokens", 7),
+    ("hidden", 6),
+    ("top-k", 5),
+    ("experts", 7),
+    ("SMs", 4),
+    ("median", 8),
+    ("min", 8),
+    ("max", 8),
+    ("floor", 8),
+    ("x floor", 7),
+    ("baseline", 8),
+)
+_NUM_TEXT_COLUMNS = 3
+
+
+def table_head(record: Record, *, group_backend: str) -> str:
+    """What is the same in all rows of the run of a record, and the headings.
+
+    Args:
+        record: Of any case of the run.
+        group_backend: What carries the rows of the baseline, and of the collective backend.
+    """
+    copy = f"{_shown(record.copy_gbs)} GB/s copy (read + write)"
+    versions = f"torch {record.torch}" + (f", NCCL {record.nccl}" if record.nccl else "")
+    return "\n".join(
+        [
+            f"{record.device or 'unknown device'}, ranks: {record.num_ranks}, nodes: {record.num_nodes}, "
+            f"backend: {record.backend}, group: {group_backend}",
+            f"{copy}, {versions}",
+            "times in ms, of the slowest rank of each round; baseline: the same with torch's all-to-all",
+            "",
+            _row([name for name, _ in _COLUMNS]),
+        ]
+    )
+
+
+def table_row(record: Record) -> str:
+    """One case in a line."""
+    return _row(
+        [
+            record.op,
+            record.layout,
+            record.dtype,
+            str(record.num_tokens),
+            str(record.hidden),
+            str(record.num_topk),
+            str(record.num_experts),
+            "-" if record.num_sms is None else str(record.num_sms),
+            _shown(record.median_ms),
+            _shown(record.min_ms),
+            _shown(record.max_ms),
+            _shown(record.floor_ms),
+            _shown(record.ratio_to_floor),
+            _shown(record.baseline_ms),
+        ]
+    )
+
+
+def _row(texts: list[str]) -> str:
+    cells = [
+        f"{text:<{width}}" if column < _NUM_TEXT_COLUMNS else f"{text:>{width}}"
+        for column, (text, (_, width)) in enumerate(zip(texts, _COLUMNS, strict=True))
+    ]
+    return " ".join(cells)
+
+
+def _shown(value: float) -> str:
+    """Three digits, or all before the point where there are more."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -1,0 +1,761 @@
+"""Owns `ElasticBuffer`: the public dispatch and combine, their defaults, and the choice of a backend.
+
+It moves nothing itself: arguments are checked in `checks`, rows are moved by a `Backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from deep_ep_core.align import align_up
+from deep_ep_core.domains import detect_topology
+from deep_ep_core.env import get_env
+from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.links import nvlink_gbs as detect_nvlink_gbs
+from deep_ep_core.links import rdma_gbs as detect_rdma_gbs
+from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, comm_stream
+from deep_ep_core.topology import Topology
+from deep_ep_core.transport import AgreedField, CollectiveTransport
+from deep_ep_ep.backend import Backend
+from deep_ep_ep.checks import BufferFacts, check_combine, check_dispatch, check_streams, rejected
+from deep_ep_ep.collective import OPERATIONS, CollectiveBackend
+from deep_ep_ep.handle import EPHandle
+from deep_ep_ep.sizing import (
+    BUFFER_ALIGNMENT_BYTES,
+    BufferShape,
+    buffer_size_hint,
+    combine_buffer_bytes,
+    dispatch_buffer_bytes,
+)
+from deep_ep_ep.sm_model import (
+    ASSUMED_NVLINK_GBS,
+    ASSUMED_RDMA_GBS,
+    DeviceSms,
+    LinkDomains,
+    LinkRates,
+    theoretical_num_qps,
+    theoretical_num_sms,
+)
+
+__all__ = ["ElasticBuffer", "get_logical_domain_size", "get_physical_domain_size", "live_buffer", "topk_idx_t"]
+
+_logger = logging.getLogger("deep_ep_ep")
+
+topk_idx_t = torch.int64
+"""The usual dtype of top-k indices. int32 is accepted as well, call by call."""
+
+_DEFAULT_NUM_QPS_DIRECT = 17
+_DEFAULT_NUM_QPS_HYBRID = 129
+_RECORD_ALIGNMENT_BYTES = 32
+
+_buffer_ids = itertools.count(1)
+# Operators name a buffer by its number; the buffer lives as long as its owner keeps it.
+_live_buffers: weakref.WeakValueDictionary[int, ElasticBuffer] = weakref.WeakValueDictionary()
+
+
+def live_buffer(buffer_id: int) -> ElasticBuffer:
+    """The buffer of that number.
+
+    Raises:
+        ConfigError: It was dropped.
+    """
+    buffer = _live_buffers.get(buffer_id)
+    if buffer is None:
+        raise ConfigError(
+            f"the ElasticBuffer of a call must be alive until its backward pass (got number {buffer_id}, which was "
+            "dropped); keep a reference to it"
+        )
+    return buffer
+
+
+def get_physical_domain_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Number of scale-up domains of the machines, and number of ranks in each: (R, V), with R * V ranks in all.
+
+    Collective: yes, the first time for a group.
+    """
+    topology = detect_topology(group)
+    return topology.num_scaleout_ranks, topology.num_scaleup_ranks
+
+
+def get_logical_domain_size(group: dist.ProcessGroup | None, allow_hybrid_mode: bool = True) -> tuple[int, int]:
+    """The domains that operations use: the physical ones in hybrid mode, else one domain of all ranks, (1, N).
+
+    Collective: yes, the first time for a group.
+    """
+    topology = _logical(detect_topology(group), allow_hybrid_mode)
+    return topology.num_scaleout_ranks, topology.num_scaleup_ranks
+
+
+def _logical(physical: Topology, allow_hybrid_mode: bool) -> Topology:
+    return physical if allow_hybrid_mode else physical.flattened()
+
+
+class ElasticBuffer:
+    """Expert-parallel dispatch and combine over the ranks of a process group.
+
+    A token is sent once to each rank that hosts one of its experts, and the experts' outputs are brought back and
+    summed. Results have one order, (source rank, token), on every run and every backend.
+
+    Args:
+        group: Any `torch.distributed` group; None for the default group.
+        num_bytes: Size of the communication buffer, a multiple of 2 MiB; None computes it from the next arguments.
+            The collective backend allocates nothing, but holds calls to the size, so that what runs on a laptop also
+            runs on a cluster.
+        num_cpu_bytes: Must be 0: the host-memory segment belongs to Engram, which is another package.
+        num_max_tokens_per_rank: Most tokens that any rank passes to one dispatch, M; the default of each dispatch.
+        hidden: Elements of a token, for sizing.
+        num_topk: Experts of a token, for sizing; 0 sizes for 32.
+        use_fp8_dispatch: Size for one-byte elements with scales instead of two-byte elements.
+        deterministic: Accepted; results are deterministic always, at no cost.
+        allow_hybrid_mode: Use the hierarchy of nodes where there are several. Must be alike on all ranks.
+        allow_multiple_reduction: Partial sums may be rounded where they are made. Must be alike on all ranks.
+        prefer_overlap_with_compute: The SM estimate leaves SMs to other kernels.
+        sl_idx: RDMA service level; `EP_OVERRIDE_RDMA_SL` wins.
+        num_allocated_qps: Network contexts; 0 takes 129 in hybrid mode, else 17.
+        num_cpu_timeout_secs: How long a call may wait for another rank before it names it and raises.
+        num_gpu_timeout_secs: The same for kernels.
+        explicitly_destroy: The caller will call `destroy()`. Without it nothing needs to be called: dropping the
+            buffer is enough, in any order, on any rank.
+        backend: "collective" runs on any group; "device" is not part of this version; "auto" takes the best that
+            the group allows.
+
+    Attributes:
+        group, rank_idx, num_ranks: The group and this rank's place in it.
+        num_bytes: Size of the communication buffer.
+        num_scaleout_ranks, num_scaleup_ranks: The logical domains (S, U).
+        scaleout_rank_idx, scaleup_rank_idx: This rank's place in them.
+        num_rdma_ranks, num_nvlink_ranks: The physical domains (R, V).
+        id: Number of the buffer in this process.
+        runtime: The backend; None after `close`.
+
+    Raises:
+        ConfigError: An argument cannot be taken.
+        RankMismatchError: Ranks passed different arguments.
+        CommTimeoutError: A rank did not take part.
+
+    Collective: yes. `close`, `destroy` and dropping the buffer are not.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_bytes: int | None = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: float = 300,
+        num_gpu_timeout_secs: float = 100,
+        explicitly_destroy: bool = False,
+        *,
+        backend: Literal["auto", "collective", "device"] = "auto",
+    ) -> None:
+        _check_constructor(
+            num_bytes, num_cpu_bytes, num_max_tokens_per_rank, hidden, num_allocated_qps, num_cpu_timeout_secs, backend
+        )
+        transport = CollectiveTransport(
+            group, timeout_s=float(num_cpu_timeout_secs), name="ElasticBuffer", operations=OPERATIONS
+        )
+        transport.begin(
+            "open",
+            [
+                AgreedField(name="num_bytes", value=-1 if num_bytes is None else num_bytes, show=_show_num_bytes),
+                AgreedField(name="num_max_tokens_per_rank", value=num_max_tokens_per_rank),
+                AgreedField(name="hidden", value=hidden),
+                AgreedField(name="num_topk", value=num_topk),
+                AgreedField(name="use_fp8_dispatch", value=int(bool(use_fp8_dispatch))),
+                AgreedField(name="allow_hybrid_mode", value=int(bool(allow_hybrid_mode))),
+                AgreedField(name="allow_multiple_reduction", value=int(bool(allow_multiple_reduction))),
+                AgreedField(name="num_allocated_qps", value=num_allocated_qps),
+            ],
+        )
+        self.group: dist.ProcessGroup = transport.group
+        self.rank_idx = transport.rank
+        self.num_ranks = transport.num_ranks
+        self.allow_hybrid_mode = bool(allow_hybrid_mode)
+        self.allow_multiple_reduction = bool(allow_multiple_reduction)
+        self.prefer_overlap_with_compute = bool(prefer_overlap_with_compute)
+        self.deterministic = bool(deterministic)
+        self.explicitly_destroy = bool(explicitly_destroy)
+        self.num_max_tokens_per_rank = int(num_max_tokens_per_rank)
+        self.sl_idx = get_env().override_rdma_sl if get_env().override_rdma_sl is not None else sl_idx
+        self.num_cpu_timeout_secs = num_cpu_timeout_secs
+        self.num_gpu_timeout_secs = num_gpu_timeout_secs
+        # Kept for callers that look at it: no communicator of NCCL's own is made by the collective backend.
+        self.nccl_comm_handle: object | None = None
+        default_num_qps = _DEFAULT_NUM_QPS_HYBRID if allow_hybrid_mode else _DEFAULT_NUM_QPS_DIRECT
+        self.num_allocated_qps = num_allocated_qps or default_num_qps
+        self._physical = detect_topology(self.group, timeout_s=float(num_cpu_timeout_secs))
+        self._topology = _logical(self._physical, self.allow_hybrid_mode)
+        if num_bytes is None:
+            num_bytes = buffer_size_hint(
+                BufferShape(
+                    num_scaleout_ranks=self.num_scaleout_ranks,
+                    num_scaleup_ranks=self.num_scaleup_ranks,
+                    is_scaleup_nvlink=self.num_scaleup_ranks == self.num_nvlink_ranks,
+                    num_max_tokens_per_rank=num_max_tokens_per_rank,
+                    hidden=hidden,
+                    num_topk=num_topk,
+                    use_fp8_dispatch=bool(use_fp8_dispatch),
+                    allow_multiple_reduction=self.allow_multiple_reduction,
+                )
+            )
+        self.num_bytes = num_bytes
+        has_cuda = torch.cuda.is_available()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+        self._facts = BufferFacts(
+            rank=self.rank_idx,
+            num_ranks=self.num_ranks,
+            buffer_id=next(_buffer_ids),
+            num_max_tokens_per_rank=self.num_max_tokens_per_rank,
+            num_allocated_qps=self.num_allocated_qps,
+            device_num_sms=torch.cuda.get_device_properties(self._device).multi_processor_count if has_cuda else None,
+            allow_multiple_reduction=self.allow_multiple_reduction,
+        )
+        self.id = self._facts.buffer_id
+        _live_buffers[self.id] = self
+        self._num_sms_of: dict[tuple[int, int], int] = {}
+        self.runtime: Backend | None = CollectiveBackend(transport, self._topology, self._facts)
+        if backend == "auto":
+            _logger.info("ElasticBuffer uses the collective backend: this version has no device backend")
+        if get_env().buffer_debug and self.rank_idx == 0:
+            print(f"{self!r}: physical domains (R, V) = {self.get_physical_domain_size()}", flush=True)
+
+    # The domains
+
+    @property
+    def num_scaleout_ranks(self) -> int:
+        """S: logical scale-out domains."""
+        return self._topology.num_scaleout_ranks
+
+    @property
+    def num_scaleup_ranks(self) -> int:
+        """U: ranks in a logical scale-up domain."""
+        return self._topology.num_scaleup_ranks
+
+    @property
+    def scaleout_rank_idx(self) -> int:
+        """Index of this rank's scale-up domain."""
+        return self._topology.scaleout_rank
+
+    @property
+    def scaleup_rank_idx(self) -> int:
+        """This rank's index in its scale-up domain."""
+        return self._topology.scaleup_rank
+
+    @property
+    def num_rdma_ranks(self) -> int:
+        """R: physical scale-up domains."""
+        return self._physical.num_scaleout_ranks
+
+    @property
+    def num_nvlink_ranks(self) -> int:
+        """V: ranks in a physical scale-up domain."""
+        return self._physical.num_scaleup_ranks
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        """(R, V): number of physical scale-up domains, and number of ranks in each. Collective: no."""
+        return self.num_rdma_ranks, self.num_nvlink_ranks
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """(S, U): the domains that operations use. Collective: no."""
+        return self.num_scaleout_ranks, self.num_scaleup_ranks
+
+    # Sizes and counts
+
+    @staticmethod
+    def get_buffer_size_hint(
+        group: dist.ProcessGroup | None,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+    ) -> int:
+        """Bytes of a buffer that any dispatch and combine of this shape fits in, a multiple of 2 MiB.
+
+        Source of the formula: `deep_ep_ep.sizing`.
+
+        Raises:
+            ConfigError: A count is out of range.
+
+        Collective: yes, the first time for a group.
+        """
+        physical = detect_topology(group)
+        logical = _logical(physical, allow_hybrid_mode)
+        return buffer_size_hint(
+            BufferShape(
+                num_scaleout_ranks=logical.num_scaleout_ranks,
+                num_scaleup_ranks=logical.num_scaleup_ranks,
+                is_scaleup_nvlink=logical.num_scaleup_ranks == physical.num_scaleup_ranks,
+                num_max_tokens_per_rank=num_max_tokens_per_rank,
+                hidden=hidden,
+                num_topk=num_topk,
+                use_fp8_dispatch=bool(use_fp8_dispatch),
+                allow_multiple_reduction=bool(allow_multiple_reduction),
+            )
+        )
+
+    def get_theoretical_num_sms(
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 200,
+        sm_write_gbs: float = 50,
+    ) -> int:
+        """SMs that keep the slowest link busy, by the model of `deep_ep_ep.sm_model`.
+
+        Args:
+            num_experts: Experts of all ranks.
+            num_topk: Experts of a token.
+            num_scaleout_topk: Must be 0: group-limited gates are not modelled.
+            rdma_gbs: GB/s of the network ports that serve this GPU; 0 asks the machine.
+            nvlink_gbs: GB/s of this GPU's NVLinks; 0 asks the machine.
+            sm_read_gbs: GB/s that one SM reads.
+            sm_write_gbs: GB/s that one SM writes.
+
+        Returns:
+            An even number of at least 4, at most the device's SMs.
+
+        Raises:
+            ConfigError: A count is out of range.
+
+        Collective: no.
+        """
+        if num_scaleout_topk != 0:
+            raise rejected(
+                self.rank_idx, "num_scaleout_topk must be 0", num_scaleout_topk, "group-limited gates are not modelled"
+            )
+        known_nvlink_gbs: float | None = nvlink_gbs or None
+        known_rdma_gbs: float | None = rdma_gbs or None
+        if self._device.type == "cuda":
+            known_nvlink_gbs = known_nvlink_gbs or detect_nvlink_gbs(self._device.index or 0)
+            if self.num_rdma_ranks > 1:
+                known_rdma_gbs = known_rdma_gbs or detect_rdma_gbs(get_env().nic_name)
+        else:
+            # No GPU, so there is no link to ask; a warning about it would help nobody.
+            known_nvlink_gbs = known_nvlink_gbs or ASSUMED_NVLINK_GBS
+            known_rdma_gbs = known_rdma_gbs or ASSUMED_RDMA_GBS
+        num_sms = theoretical_num_sms(
+            LinkDomains(
+                num_scaleout_ranks=self.num_scaleout_ranks,
+                num_scaleup_ranks=self.num_scaleup_ranks,
+                num_nvlink_ranks=self.num_nvlink_ranks,
+            ),
+            LinkRates(nvlink_gbs=known_nvlink_gbs, rdma_gbs=known_rdma_gbs),
+            num_experts=num_experts,
+            num_topk=num_topk,
+            device=DeviceSms(num_sms=self._facts.device_num_sms, read_gbs=sm_read_gbs, write_gbs=sm_write_gbs),
+            prefer_overlap_with_compute=self.prefer_overlap_with_compute,
+        )
+        if get_env().buffer_debug and self.rank_idx == 0:
+            print(f"{self!r}: {num_sms} SMs for {num_experts} experts, top-{num_topk}", flush=True)
+        return num_sms
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Network contexts that a kernel of `num_sms` SMs uses well. Collective: no."""
+        return theoretical_num_qps(
+            num_sms, allow_hybrid_mode=self.allow_hybrid_mode, num_allocated_qps=self.num_allocated_qps
+        )
+
+    # Streams and lifetime
+
+    @staticmethod
+    def capture() -> EventHandle:
+        """An event at the present tail of the current stream, to pass as `previous_event`. Collective: no."""
+        return EventHandle()
+
+    def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:
+        """The stream on which dispatch and combine run: one per process and device. Collective: no."""
+        return comm_stream(self._device)
+
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
+        """Return when every rank has called it.
+
+        Args:
+            use_comm_stream: Order the barrier on the communication stream; no effect on the collective backend, whose
+                barrier blocks the host.
+            with_cpu_sync: Also wait for all work of the device, before and after.
+            sequential: Scale-out before scale-up; no effect on the collective backend.
+
+        Raises:
+            CommTimeoutError: A rank did not come.
+
+        Collective: yes.
+        """
+        runtime = self._open_runtime()
+        if self._device.type == "cuda" and (with_cpu_sync or torch.cuda.is_initialized()):
+            # The host-side barrier promises what a device-side one does: work before it is done on every rank.
+            torch.cuda.synchronize(self._device)
+        runtime.barrier()
+
+    def destroy(self) -> None:
+        """Release the buffer; a second call does nothing. Collective: no.
+
+        Raises:
+            ConfigError: The buffer was made without `explicitly_destroy=True`.
+        """
+        if not self.explicitly_destroy:
+            raise rejected(
+                self.rank_idx,
+                "destroy() is for buffers made with explicitly_destroy=True",
+                "explicitly_destroy=False",
+                "make the buffer with it, call close(), or just drop the buffer",
+            )
+        self.close()
+
+    def close(self) -> None:
+        """Release the buffer; a second call does nothing. Collective: no, safe in any order and at exit."""
+        if self.runtime is not None:
+            self.runtime.close()
+            self.runtime = None
+            self.nccl_comm_handle = None
+
+    def __enter__(self) -> ElasticBuffer:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.runtime is None else self.runtime.name
+        return (
+            f"ElasticBuffer(rank {self.rank_idx} of {self.num_ranks}, {state}, num_bytes={self.num_bytes}, "
+            f"domains={self.num_scaleout_ranks}x{self.num_scaleup_ranks})"
+        )
+
+    def _open_runtime(self) -> Backend:
+        if self.runtime is None:
+            raise rejected(self.rank_idx, "the buffer must be open", "a closed buffer", "make a new ElasticBuffer")
+        return self.runtime
+
+    # Dispatch and combine
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventHandle | EventOverlap | None = None,
+        previous_event_before_epilogue: EventHandle | EventOverlap | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+    ) -> tuple[
+        torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        torch.Tensor | None,
+        torch.Tensor | None,
+        EPHandle,
+        EventOverlap,
+    ]:
+        """Send each token once to every rank that hosts one of its experts.
+
+        N is the number of ranks, M `num_max_tokens_per_rank`, L the number of local experts. All tensors are on one
+        device.
+
+        Args:
+            x: `[num_tokens, hidden]`, contiguous, of any dtype: rows are moved as bytes, a multiple of 16 each. Or a
+                tuple `(x, sf)` with scales `[num_tokens, num_packs]` of 4-byte elements (float32, or int32 holding
+                four UE8M0 bytes), of any strides. `num_tokens` may differ between ranks and may be 0.
+            topk_idx: `[num_tokens, num_topk]` int64 or int32: global expert ids, negative for "none", no expert twice
+                in a row. None with a handle.
+            topk_weights: `[num_tokens, num_topk]` float32 (float64 on the collective backend, for gradient checks).
+            cumulative_local_expert_recv_stats: `[L]` int32, to which the real counts of the local experts are added.
+            num_experts: Experts of all ranks; required without a handle.
+            num_max_tokens_per_rank: M; None takes the handle's, else the buffer's.
+            expert_alignment: Rows of each expert start at a multiple of this; None takes the handle's, else 1.
+            num_sms: SMs to use; 0 takes the handle's, else the model's.
+            num_qps: Network contexts to use; 0 takes the model's.
+            previous_event: Start after this instead of after the current stream; needs `allocate_on_comm_stream`.
+            previous_event_before_epilogue: The last, local step waits for this.
+            async_with_compute_stream: Return an event instead of making the current stream wait.
+            allocate_on_comm_stream: Results come from the communication stream's memory pool.
+            handle: Repeat the routing of this earlier dispatch: nothing is counted again, and `x` may have another
+                hidden size or dtype.
+            do_handle_copy: Keep a copy of `topk_idx` in the handle rather than the caller's tensor.
+            do_cpu_sync: Size the results exactly and fill the handle's list of counts; False sizes them for the worst
+                case, rows past the real ones uninitialised. None: True without a handle; with a handle, as it was made.
+            do_expand: Lay rows out by expert.
+            do_zero_padding: Zero the gaps between experts; needs `do_expand`.
+            use_tma_aligned_col_major_sf: Return scales column by column, each column at a multiple of 16 bytes.
+
+        Returns:
+            `(recv_x, recv_topk_idx, recv_topk_weights, handle, event)`; `recv_x` is a tuple with the scales if `x`
+            was one. Token-major: `recv_x [num_recv_tokens, hidden]` ordered by (source rank, token), `recv_topk_idx
+            [num_recv_tokens, num_topk]` local expert or -1, `recv_topk_weights` the source's whole row. Expert-major:
+            `recv_x [num_expanded_tokens, hidden]` by local expert and in that order inside, `recv_topk_idx` None,
+            `recv_topk_weights [num_expanded_tokens]`. `recv_topk_weights` is None without `topk_weights`. With a
+            handle, the same handle is returned.
+
+        Raises:
+            ConfigError: An argument cannot be taken; raised before anything is sent.
+            RankMismatchError: Ranks passed different arguments; raised on every rank before any payload is sent.
+            CommTimeoutError: A rank died or is late.
+
+        Collective: yes. Stream: runs on the communication stream after the current one (or `previous_event`). The
+        collective backend waits for row counts on the host in every mode.
+        """
+        runtime = self._open_runtime()
+        with self._rejections_reported("dispatch"):
+            args = check_dispatch(
+                self._facts,
+                x=x,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
+                cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
+                num_experts=num_experts,
+                num_max_tokens_per_rank=num_max_tokens_per_rank,
+                expert_alignment=expert_alignment,
+                num_sms=num_sms,
+                num_qps=num_qps,
+                handle=handle,
+                do_handle_copy=do_handle_copy,
+                do_cpu_sync=do_cpu_sync,
+                do_expand=do_expand,
+                do_zero_padding=do_zero_padding,
+                use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
+                default_num_sms=self._default_num_sms,
+            )
+            streams = check_streams(
+                self._facts,
+                previous_event=previous_event,
+                previous_event_before_epilogue=previous_event_before_epilogue,
+                async_with_compute_stream=async_with_compute_stream,
+                allocate_on_comm_stream=allocate_on_comm_stream,
+            )
+            row_bytes = args.x.size(1) * args.x.element_size()
+            self._check_size(
+                "dispatch",
+                dispatch_buffer_bytes(
+                    self._shape(
+                        args.num_max_tokens_per_rank,
+                        row_bytes,
+                        args.num_topk,
+                        0 if args.sf is None else args.sf.size(1),
+                    )
+                ),
+            )
+            with CommScope(args.x.device, streams) as scope:
+                result = runtime.dispatch(args, scope)
+                event = scope.finish(
+                    [
+                        args.x,
+                        args.sf,
+                        args.topk_idx,
+                        args.topk_weights,
+                        args.recv_stats,
+                        result.recv_x,
+                        result.recv_sf,
+                        result.recv_topk_idx,
+                        result.recv_topk_weights,
+                        *result.handle.tensors(),
+                    ]
+                )
+        recv_x = result.recv_x if result.recv_sf is None else (result.recv_x, result.recv_sf)
+        return recv_x, result.recv_topk_idx, result.recv_topk_weights, result.handle, event
+
+    @torch.no_grad()
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: EPHandle,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventHandle | EventOverlap | None = None,
+        previous_event_before_epilogue: EventHandle | EventOverlap | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Bring the rows of a dispatch back to their tokens, and sum them.
+
+        The sum of a token runs over its top-k entries in ascending position, in float32 (float64 for float64), bias
+        first, rounded once; with `allow_multiple_reduction` partial sums are made, and rounded, on each rank
+        (expert-major) and in each node (hybrid). The exact order is in the documentation, "Reduction order". Weights
+        are moved, not multiplied in.
+
+        Args:
+            x: `[num_rows, hidden]`, contiguous: one row for each row that the dispatch returned, padding included.
+                bfloat16; the collective backend also takes float16, float32 and float64.
+            handle: What the dispatch returned; decides whether `x` is token-major or expert-major.
+            topk_weights: `[num_rows, num_topk]`, or `[num_rows]` expert-major: float32. Not with an expert-major
+                handle when `allow_multiple_reduction` is off.
+            bias: None, one tensor, or a tuple of two: each `[num_tokens, hidden]` of the dtype of `x`.
+            num_sms: SMs to use; 0 takes the handle's.
+            num_qps: Network contexts to use; 0 takes the model's.
+            previous_event: As in `dispatch`.
+            previous_event_before_epilogue: As in `dispatch`.
+            async_with_compute_stream: As in `dispatch`.
+            allocate_on_comm_stream: As in `dispatch`.
+
+        Returns:
+            `(combined_x, combined_topk_weights, event)`: `[num_tokens, hidden]`, every row written, 0 or the bias
+            where a token has no expert; and `[num_tokens, num_topk]`, entry k from the rank that hosts expert k, or
+            None without `topk_weights`.
+
+        Raises:
+            ConfigError: An argument cannot be taken; raised before anything is sent.
+            RankMismatchError: Ranks passed different arguments.
+            CommTimeoutError: A rank died or is late.
+
+        Collective: yes. Stream: as `dispatch`.
+        """
+        runtime = self._open_runtime()
+        with self._rejections_reported("combine"):
+            args = check_combine(
+                self._facts,
+                x=x,
+                handle=handle,
+                topk_weights=topk_weights,
+                bias=bias,
+                num_sms=num_sms,
+                num_qps=num_qps,
+            )
+            streams = check_streams(
+                self._facts,
+                previous_event=previous_event,
+                previous_event_before_epilogue=previous_event_before_epilogue,
+                async_with_compute_stream=async_with_compute_stream,
+                allocate_on_comm_stream=allocate_on_comm_stream,
+            )
+            row_bytes = args.x.size(1) * args.x.element_size()
+            self._check_size(
+                "combine",
+                combine_buffer_bytes(self._shape(handle.num_max_tokens_per_rank, row_bytes, handle.num_topk, 0)),
+            )
+            with CommScope(args.x.device, streams) as scope:
+                result = runtime.combine(args, scope)
+                event = scope.finish(
+                    [
+                        args.x,
+                        args.topk_weights,
+                        *args.biases,
+                        result.combined_x,
+                        result.combined_topk_weights,
+                        *args.handle.tensors(),
+                    ]
+                )
+        return result.combined_x, result.combined_topk_weights, event
+
+    @contextlib.contextmanager
+    def _rejections_reported(self, operation: str) -> Iterator[None]:
+        """Let the peers know why this rank does not come, when it refuses its own arguments."""
+        try:
+            yield
+        except RankMismatchError:
+            raise
+        except ConfigError as error:
+            if self.runtime is not None:
+                self.runtime.report_rejection(operation, str(error))
+            raise
+
+    def _default_num_sms(self, num_experts: int, num_topk: int) -> int:
+        key = (num_experts, num_topk)
+        if key not in self._num_sms_of:
+            # A row may have more entries than there are experts, the rest negative; no more than all can be hit.
+            self._num_sms_of[key] = self.get_theoretical_num_sms(num_experts, min(num_topk, num_experts))
+        return self._num_sms_of[key]
+
+    def _shape(self, num_max_tokens_per_rank: int, row_bytes: int, num_topk: int, num_sf_packs: int) -> BufferShape:
+        """The size of one call; rows count as two-byte elements, whatever their dtype."""
+        padded_bytes = align_up(row_bytes, _RECORD_ALIGNMENT_BYTES)
+        return BufferShape(
+            num_scaleout_ranks=self.num_scaleout_ranks,
+            num_scaleup_ranks=self.num_scaleup_ranks,
+            is_scaleup_nvlink=self.num_scaleup_ranks == self.num_nvlink_ranks,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            hidden=padded_bytes // 2,
+            num_topk=num_topk,
+            num_sf_packs=num_sf_packs,
+            allow_multiple_reduction=self.allow_multiple_reduction,
+        )
+
+    def _check_size(self, operation: str, required_bytes: int) -> None:
+        if required_bytes > self.num_bytes:
+            raise rejected(
+                self.rank_idx,
+                f"this {operation} needs a buffer of {align_up(required_bytes, BUFFER_ALIGNMENT_BYTES)} bytes",
+                f"num_bytes={self.num_bytes}",
+                "make the buffer with the larger num_max_tokens_per_rank and hidden, or with "
+                "num_bytes=ElasticBuffer.get_buffer_size_hint(...)",
+            )
+
+
+def _check_constructor(
+    num_bytes: int | None,
+    num_cpu_bytes: int,
+    num_max_tokens_per_rank: int,
+    hidden: int,
+    num_allocated_qps: int,
+    num_cpu_timeout_secs: float,
+    backend: str,
+) -> None:
+    if backend not in ("auto", "collective", "device"):
+        raise ConfigError(f'backend must be "auto", "collective" or "device" (got {backend!r})')
+    if backend == "device":
+        raise ConfigError(
+            'backend="device" is not part of this version of deep-ep-ep; use "auto" or "collective", which run on any '
+            "torch.distributed group"
+        )
+    if num_cpu_bytes:
+        raise ConfigError(
+            f"num_cpu_bytes must be 0 (got {num_cpu_bytes}): the host-memory segment belongs to Engram, which will be "
+            "a package of its own and is not part of this version"
+        )
+    if num_bytes is None:
+        if num_max_tokens_per_rank <= 0 or hidden <= 0:
+            raise ConfigError(
+                "num_max_tokens_per_rank and hidden must be positive when num_bytes is None (got "
+                f"{num_max_tokens_per_rank} and {hidden}); pass them, or num_bytes"
+            )
+    elif num_bytes <= 0 or num_bytes % BUFFER_ALIGNMENT_BYTES:
+        raise ConfigError(
+            f"num_bytes must be a positive multiple of {BUFFER_ALIGNMENT_BYTES} (got {num_bytes}); "
+            "ElasticBuffer.get_buffer_size_hint(...) gives one"
+        )
+    if num_max_tokens_per_rank < 0 or hidden < 0 or num_allocated_qps < 0:
+        raise ConfigError(
+            "num_max_tokens_per_rank, hidden and num_allocated_qps must not be negative (got "
+            f"{num_max_tokens_per_rank}, {hidden}, {num_allocated_qps})"
+        )
+    if not num_cpu_timeout_secs > 0:
+        raise ConfigError(f"num_cpu_timeout_secs must be positive (got {num_cpu_timeout_secs})")
+
+
+def _show_num_bytes(value: int) -> str:
+    return "None" if value < 0 else str(value)

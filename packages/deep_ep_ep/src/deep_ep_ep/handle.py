@@ -1,0 +1,122 @@
+"""Owns `EPHandle`: the routing of one dispatch, kept for the combine and for later dispatches with the same routing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["EPHandle", "RoutingPlan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingPlan:
+    """What a backend needs to repeat or to reverse a dispatch; private to the backends.
+
+    Attributes:
+        send_token_idx: `[num_sent]` int64: the token of each sent row, ordered by (destination rank, token).
+        num_send_rows: Rows sent to each rank.
+        num_recv_rows: Rows received from each rank; also right when the host was not synchronised.
+        sent_row_idx: `[num_tokens, num_topk]` int64: position, among the sent rows, of the row that serves this top-k
+            entry; -1 where nothing is selected.
+        slot_idx: `[num_tokens, num_topk]` int64: position of the token among those sent to that entry's rank, or -1.
+        is_master: `[num_tokens, num_topk]` bool: the entry is the last of its token with its destination rank.
+    """
+
+    send_token_idx: torch.Tensor
+    num_send_rows: tuple[int, ...]
+    num_recv_rows: tuple[int, ...]
+    sent_row_idx: torch.Tensor
+    slot_idx: torch.Tensor
+    is_master: torch.Tensor
+
+    @property
+    def num_recv(self) -> int:
+        """Number of rows received, exact."""
+        return sum(self.num_recv_rows)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class EPHandle:
+    """The routing of one dispatch. Made by `ElasticBuffer.dispatch`, used by `combine` and by cached dispatches.
+
+    N is the number of ranks, M the `num_max_tokens_per_rank`, K the `num_topk`, L the number of local experts, U the
+    number of scale-up ranks, T the number of this rank's tokens. Tensors are int32 on the device of `x` unless noted.
+
+    Attributes:
+        do_expand: The dispatch laid rows out by expert; decides how `combine` reads its input.
+        num_experts: Experts of all ranks.
+        expert_alignment: Each expert's rows start at a multiple of this.
+        num_max_tokens_per_rank: M of the dispatch.
+        num_sms: SM count of the dispatch; the default of `combine`.
+        topk_idx: `[T, K]`, of the dtype that was passed: a copy, or the caller's own tensor (`do_handle_copy=False`).
+        num_recv_tokens: Rows of the received tensors, one a (token, this rank): exact after a CPU sync, else N*M.
+        num_expanded_tokens: Rows of the expert-major tensors: exact after a CPU sync, else the worst case.
+        num_recv_tokens_per_expert_list: Aligned counts of the L local experts; empty without a CPU sync.
+        psum_num_recv_tokens_per_scaleup_rank: `[U]` inclusive prefix sum, over scale-up peers, of received tokens.
+            The last one is the number of received tokens.
+        psum_num_recv_tokens_per_expert: `[L]`. Token-major: inclusive prefix sum of the aligned counts. Expert-major:
+            where each expert's real rows end.
+        num_unaligned_recv_tokens_per_expert: `[L]` real counts.
+        recv_src_metadata: `[num_recv_tokens, K + 2]`. Column 0: source rank * M + source token. Column 1: source rank
+            * K + position of the last top-k entry that is local. Columns 2...: row in the expert-major tensors of each
+            top-k entry, or -1. Rows past the real count are not written. May be replaced by a row permutation of
+            itself when the received rows were permuted alike.
+        dst_buffer_slot_idx: `[T, K]`: this rank * M + position among the tokens sent to that destination, at the last
+            top-k entry of each destination rank; -1 elsewhere.
+        token_metadata_at_forward: Always None here: rows are not forwarded.
+        channel_linked_list: Always None here.
+        cached_recv_src_metadata_before_sort: Always None here: rows arrive sorted.
+    """
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor
+    recv_src_metadata: torch.Tensor
+    dst_buffer_slot_idx: torch.Tensor
+    token_metadata_at_forward: torch.Tensor | None = None
+    channel_linked_list: torch.Tensor | None = None
+    cached_recv_src_metadata_before_sort: torch.Tensor | None = None
+    plan: RoutingPlan = field(repr=False)
+    # Which buffer made it, and its how-manieth dispatch: both are compared before a handle is used.
+    buffer_id: int = field(repr=False)
+    dispatch_idx: int = field(repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """T: this rank's tokens in the dispatch."""
+        return self.topk_idx.size(0)
+
+    @property
+    def num_topk(self) -> int:
+        """K: entries of a token's routing."""
+        return self.topk_idx.size(1)
+
+    @property
+    def was_cpu_synced(self) -> bool:
+        """Whether the row counts of the received tensors are exact."""
+        return len(self.num_recv_tokens_per_expert_list) > 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the handle owns or shares, for stream and lifetime bookkeeping."""
+        return [
+            self.topk_idx,
+            self.psum_num_recv_tokens_per_scaleup_rank,
+            self.psum_num_recv_tokens_per_expert,
+            self.num_unaligned_recv_tokens_per_expert,
+            self.recv_src_metadata,
+            self.dst_buffer_slot_idx,
+            self.plan.send_token_idx,
+            self.plan.sent_row_idx,
+            self.plan.slot_idx,
+            self.plan.is_master,
+        ]

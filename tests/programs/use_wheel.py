@@ -1,0 +1,78 @@
+"""Check an installed package by itself: python -I use_wheel.py PACKAGE SIBLING,... ALLOWED,...
+
+Runs away from the tree, in an environment that holds the wheel and what it asked for, nothing else of the project.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pkgutil
+import re
+import sys
+
+
+def check_imports(package: str) -> int:
+    """Import every module but the programs; returns how many."""
+    root = importlib.import_module(package)
+    assert "site-packages" in root.__file__, root.__file__
+    names = [module.name for module in pkgutil.walk_packages(root.__path__, f"{package}.")]
+    names = [name for name in names if not name.endswith("__main__")]
+    for name in names:
+        importlib.import_module(name)
+    return len(names)
+
+
+def check_requirements(package: str, allowed: set[str]) -> None:
+    requirements = importlib.metadata.requires(package.replace("_", "-")) or []
+    needed = {re.split(r"[ <>=!~;\[]", line)[0] for line in requirements if "extra ==" not in line}
+    assert needed <= allowed, f"{package} asks for {sorted(needed - allowed)}, allowed are {sorted(allowed)}"
+
+
+def check_files(package: str) -> None:
+    files = [str(path) for path in importlib.metadata.files(package.replace("_", "-")) or []]
+    assert any(name.endswith("py.typed") for name in files)
+    binaries = [name for name in files if name.endswith((".so", ".pyd", ".o", ".a", ".cubin"))]
+    assert not binaries, f"a wheel must be pure Python, but holds {binaries}"
+    wheel = importlib.metadata.distribution(package.replace("_", "-")).read_text("WHEEL")
+    assert "Tag: py3-none-any" in wheel, wheel
+
+
+def use_core() -> None:
+    import torch.distributed as dist
+
+    from deep_ep_core.domains import detect_topology
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert detect_topology(None).num_ranks == 1
+
+
+def use_ep() -> None:
+    import torch
+
+    from deep_ep_ep import ElasticBuffer
+
+    use_core()
+    buffer = ElasticBuffer(None, num_max_tokens_per_rank=8, hidden=128)
+    x = torch.arange(4 * 128).view(4, 128).bfloat16()
+    topk_idx = torch.tensor([[0, 1], [1, -1], [-1, -1], [3, 2]])
+    recv_x, _, _, handle, _ = buffer.dispatch(x, topk_idx=topk_idx, num_experts=4)
+    assert torch.equal(recv_x, x[[0, 1, 3]])
+    combined, _, _ = buffer.combine(recv_x, handle)
+    assert torch.equal(combined, torch.where((topk_idx >= 0).any(1, keepdim=True), x, 0))
+
+
+def main() -> None:
+    package, siblings, allowed = sys.argv[1:]
+    num_modules = check_imports(package)
+    check_requirements(package, set(allowed.split(",")))
+    check_files(package)
+    for sibling in filter(None, siblings.split(",")):
+        assert importlib.util.find_spec(sibling) is None, f"{sibling} is installed, but {package} must stand alone"
+    {"deep_ep_core": use_core, "deep_ep_ep": use_ep}[package]()
+    print(f"{package}: {num_modules} modules imported, requirements and files are right, and it works")
+
+
+if __name__ == "__main__":
+    main()
