@@ -1,7 +1,7 @@
 """Every check of the repository, one session each; `nox -l` is the manual.
 
-A session does all of its set-up. The CPU sessions pin what they install in `constraints.txt`; the `gpu` sessions use the
-Python they are run with, since driver, torch and NCCL belong to the machine.
+A session does all of its set-up. The CPU sessions pin what they install in `constraints.txt`; the `gpu` sessions use
+the Python they are run with, since driver, torch and NCCL belong to the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # What a package may ask for besides its siblings.
 ALLOWED_REQUIREMENTS = {
     "deep_ep_core": {"torch", "nvidia-ml-py", "platformdirs"},
-    "deep_ep_ep": {"torch", "deep-ep-core"},
+    "deep_ep_ep": {"torch", "deep-ep-core", "nvidia-ml-py"},
 }
 
 # pip finds a machine's own wheels and settings; uv would not look there.

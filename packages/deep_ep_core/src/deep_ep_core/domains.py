@@ -32,15 +32,18 @@ def detect_topology(group: dist.ProcessGroup | None, *, timeout_s: float = _TIME
         timeout_s: How long to wait for the other ranks.
 
     Raises:
+        ConfigError: `torch.distributed` is not initialised, or this process is not in the group.
         TopologyError: `NCCL_LSA_TEAM_SIZE` does not divide the ranks.
         RankMismatchError: `NCCL_LSA_TEAM_SIZE` differs between ranks.
         CommTimeoutError: A rank did not take part.
 
     Collective: yes, the first time for a group; later calls answer from memory.
     """
+    # Looked up first: the transports of a group are counted, and a rank that asks more often must count no more.
+    member = dist.group.WORLD if group is None else group
+    if isinstance(member, dist.ProcessGroup) and member in _known:
+        return _known[member]
     transport = CollectiveTransport(group, timeout_s=timeout_s, name="the search for domains", operations=[_OPERATION])
-    if transport.group in _known:
-        return _known[transport.group]
     team_size = get_env().nccl_lsa_team_size
     digest = hashlib.sha256(host_identity().encode()).digest()
     host = int.from_bytes(digest[:7], "little")

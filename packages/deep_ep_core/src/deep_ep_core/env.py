@@ -199,7 +199,14 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("EP_JIT_DUMP_PTX", "JIT", bool, "0", "Keep PTX beside the compiled kernel."),
     Variable("EP_JIT_DUMP_SASS", "JIT", bool, "0", "Keep SASS beside the compiled kernel."),
     Variable("EP_GIN_GDAKI_DEBUG", "Debugging", bool, "0", "Turn on the debug output of NCCL's GIN GDAKI in kernels."),
-    Variable("EP_USE_NVIDIA_TOOLS", "Debugging", bool, "0", "Benchmarks leave profiling to an external profiler."),
+    Variable(
+        "EP_USE_NVIDIA_TOOLS",
+        "Debugging",
+        bool,
+        "0",
+        "Benchmarks leave profiling to an external profiler.",
+        no_effect_because="benchmarks take no profile of their own",
+    ),
     Variable("EP_DISABLE_BARRIER_PROFILING", "Debugging", bool, "0", "Benchmarks put no barrier before each call."),
     Variable("EP_NCCL_ROOT_DIR", "Locating", Path, None, "NCCL installation (`include`, `lib`).", default_note="auto"),
     Variable("NCCL_DIR", "Locating", Path, None, "Stands in for `EP_NCCL_ROOT_DIR`.", fallback_of="EP_NCCL_ROOT_DIR"),
@@ -254,7 +261,6 @@ class Env:
     jit_dump_ptx: bool
     jit_dump_sass: bool
     gin_gdaki_debug: bool
-    use_nvidia_tools: bool
     disable_barrier_profiling: bool
     nccl_root_dir: Path | None
     nvshmem_root_dir: Path | None

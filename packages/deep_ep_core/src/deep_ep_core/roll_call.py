@@ -73,10 +73,17 @@ class RollCall:
         self._store.set(self._key(self._rank), text)
         return True
 
+    def withdraw(self, *, timeout_s: float) -> bool:
+        """Take this rank's report back; returns whether that worked. Never raises, never blocks past `timeout_s`."""
+        # Operations count from 1, so this is older than any that may be asked about.
+        return self.post(
+            RankReport(rank=self._rank, operation_idx=0, phase_idx=0, phase="nothing"), timeout_s=timeout_s
+        )
+
     def collect(self, operation_idx: int, *, timeout_s: float) -> dict[int, RankReport] | None:
         """The reports of the other ranks on this operation or a later one, by rank.
 
-        Waits until all have reported or the time is over.
+        Waits until all have reported or the time is over. Never raises, never blocks past `timeout_s`.
 
         Returns:
             The reports, or None when the store does not answer.
@@ -84,9 +91,12 @@ class RollCall:
         if self._store is None:
             return None
         deadline = time.monotonic() + timeout_s
-        return _bounded(lambda: self._collect_until(operation_idx, deadline), timeout_s + 1.0, default=None)
+        # The latest answer, so that it counts also where the store falls silent afterwards.
+        answer: list[dict[int, RankReport]] = []
+        _bounded(lambda: self._collect_until(operation_idx, deadline, answer), timeout_s, default=None)
+        return answer[0] if answer else None
 
-    def _collect_until(self, operation_idx: int, deadline: float) -> dict[int, RankReport]:
+    def _collect_until(self, operation_idx: int, deadline: float, answer: list[dict[int, RankReport]]) -> None:
         assert self._store is not None
         reports: dict[int, RankReport] = {}
         others = [rank for rank in range(self._num_ranks) if rank != self._rank]
@@ -95,11 +105,12 @@ class RollCall:
                 if rank in reports or not self._store.check([self._key(rank)]):
                     continue
                 report = RankReport(**json.loads(self._store.get(self._key(rank))))
-                # An older report is left over from a refusal that every rank shared and survived.
+                # An older report is left over from an operation that all ranks survived, or was withdrawn.
                 if report.operation_idx >= operation_idx:
                     reports[rank] = report
+            answer[:] = [dict(reports)]
             if len(reports) == len(others) or time.monotonic() >= deadline:
-                return reports
+                return
             time.sleep(_POLL_INTERVAL_S)
 
     @staticmethod
@@ -110,8 +121,9 @@ class RollCall:
 def find_culprits(own: RankReport, reports: Mapping[int, RankReport] | None, *, num_ranks: int) -> list[int]:
     """The ranks that kept `own.rank` from finishing, from what is known.
 
-    In this order: ranks that refused; ranks that say nothing (dead, or still on their way); ranks that had begun less
-    than the others; the peer that was waited for. A rank that finds that the others gave up on it names itself.
+    The first of these that there are: ranks that refused; ranks that say nothing (dead, still on their way, or done
+    and busy elsewhere); ranks that had begun less than the others; this rank itself, if most others waited for it; the
+    peer that this rank waited for; all others.
 
     Args:
         own: This rank's report.
@@ -121,12 +133,13 @@ def find_culprits(own: RankReport, reports: Mapping[int, RankReport] | None, *, 
     Returns:
         The ranks, ascending; never empty.
     """
-    direct = [own.waiting_on if own.waiting_on is not None else own.rank]
+    others = [rank for rank in range(num_ranks) if rank != own.rank]
+    direct = others if own.waiting_on is None else [own.waiting_on]
     if reports is None:
         return direct
     if refused := sorted(rank for rank, report in reports.items() if report.rejection is not None):
         return refused
-    if silent := sorted(set(range(num_ranks)) - set(reports) - {own.rank}):
+    if silent := [rank for rank in others if rank not in reports]:
         return silent
     everyone = {own.rank: own, **reports}
     progress = {rank: (report.operation_idx, report.phase_idx) for rank, report in everyone.items()}
@@ -139,7 +152,7 @@ def find_culprits(own: RankReport, reports: Mapping[int, RankReport] | None, *, 
 
 
 def _bounded(call: Callable[[], _Result], timeout_s: float, *, default: _Result) -> _Result:
-    """Run `call` on a thread of its own, since a store whose host is gone may block; `default` if it fails or is late."""
+    """Run `call` on a thread of its own, since a store without its host may block; `default` if it fails or is late."""
     result = [default]
 
     def target() -> None:

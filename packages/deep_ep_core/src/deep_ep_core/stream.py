@@ -1,4 +1,4 @@
-"""Owns streams and events: the communication stream of a device, `EventHandle`, `EventOverlap`, and the stream scope of one operation.
+"""Owns streams and events: a device's communication stream, `EventHandle`, `EventOverlap`, an operation's stream scope.
 
 It does not own tensors' memory, and knows nothing of what an operation moves. On a CPU every operation is complete
 when it returns, so streams and events carry no work there; the same calls are valid and wait for nothing.
@@ -6,6 +6,7 @@ when it returns, so streams and events carry no work there; the same calls are v
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -176,7 +177,11 @@ class StreamOptions:
         previous_event: The communication stream waits for this instead of for the current stream's present tail.
         previous_event_before_epilogue: The communication stream waits for this before the operation's last step.
         async_with_compute_stream: Return an event instead of making the current stream wait.
-        allocate_on_comm_stream: Take the results' memory from the communication stream's pool.
+        allocate_on_comm_stream: What callers asked for; `CommScope` takes memory from the communication stream's pool
+            in either case.
+
+    Raises:
+        NoEventError: An event to wait for is an empty `EventOverlap`.
     """
 
     previous_event: EventHandle | EventOverlap | None = None
@@ -184,9 +189,19 @@ class StreamOptions:
     async_with_compute_stream: bool = False
     allocate_on_comm_stream: bool = False
 
+    def __post_init__(self) -> None:
+        # Here, and not where a stream would wait: that is too late, and never happens on a CPU.
+        for name in ("previous_event", "previous_event_before_epilogue"):
+            event = getattr(self, name)
+            if isinstance(event, EventOverlap) and event.event is None:
+                raise NoEventError(
+                    f"{name} must hold an event (got an empty EventOverlap: the call that returned it was not "
+                    "asynchronous, or its event was released); pass None, or an EventHandle"
+                )
+
 
 class CommScope:
-    """Runs one operation on the communication stream and restores the caller's stream in every case.
+    """Runs one operation on the communication stream and restores the caller's stream and device in every case.
 
     Inside the `with` block the communication stream is current. It has waited for `previous_event`, or for the
     caller's stream where none is given. `finish` ends the operation: it returns an event, or makes the caller's stream
@@ -206,6 +221,7 @@ class CommScope:
         self._options = options
         self._compute_stream: torch.cuda.Stream | None = None
         self._comm_stream: torch.cuda.Stream | None = None
+        self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> CommScope:
         if self._device.type != "cuda":
@@ -222,7 +238,8 @@ class CommScope:
         else:
             comm.wait_stream(compute)
         self._compute_stream, self._comm_stream = compute, comm
-        torch.cuda.set_stream(comm)
+        # Not `set_stream`, which would leave the stream's device current where another one was.
+        self._restore.enter_context(torch.cuda.stream(comm))
         return self
 
     def wait_before_epilogue(self) -> None:
@@ -258,12 +275,10 @@ class CommScope:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._compute_stream is not None:
-            torch.cuda.set_stream(self._compute_stream)
+        self._restore.close()
 
 
 def _wait(stream: torch.cuda.Stream, event: EventHandle | EventOverlap) -> None:
     handle = event.event if isinstance(event, EventOverlap) else event
-    if handle is None:
-        raise NoEventError("the event passed to a communication call is an empty EventOverlap: nothing to wait for")
+    assert handle is not None, "StreamOptions takes no empty EventOverlap"
     handle.wait_on(stream)

@@ -83,8 +83,8 @@ def scaleup_size_from_hosts(hosts: Sequence[str], team_size: int | None = None) 
         team_size: Make-believe domain size (`NCCL_LSA_TEAM_SIZE`), or None.
 
     Returns:
-        The largest size that cuts the ranks into equal domains none of which spans two hosts; `team_size` if that
-        is given and no larger.
+        The largest size that cuts the ranks into equal domains none of which spans two hosts, and that divides
+        `team_size` where one is given.
 
     Raises:
         TopologyError: `team_size` does not cut the ranks into equal domains.

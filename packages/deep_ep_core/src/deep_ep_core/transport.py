@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,23 @@ import torch.distributed as dist
 from deep_ep_core.errors import CommTimeoutError, ConfigError, RankMismatchError, TransportError
 from deep_ep_core.roll_call import RankReport, RollCall, find_culprits
 
-__all__ = ["AgreedField", "CollectiveTransport", "Operation"]
+__all__ = ["AgreedField", "CollectiveTransport", "Operation", "Rows"]
 
 # Keeps these messages apart from the user's own point-to-point messages on the same group.
 _TAG = 0x0DEE
 _MAX_AGREED_FIELDS = 24
 _MAX_PEER_VALUES = 4
-# Version, operation, operation index, number of fields, the fields, the values for the one peer.
-_HEADER_LEN = 4 + _MAX_AGREED_FIELDS + _MAX_PEER_VALUES
+# Version, operation, transport, operation index, number of fields; then the fields, and the values for the one peer.
+_NUM_FIXED_COLUMNS = 5
+_HEADER_LEN = _NUM_FIXED_COLUMNS + _MAX_AGREED_FIELDS + _MAX_PEER_VALUES
 _PROTOCOL_VERSION = 1
 # Part of the timeout kept back to ask the survivors who is late, and its upper bound.
 _ROLL_CALL_SHARE = 0.25
 _MAX_ROLL_CALL_S = 3.0
+# Longest wait for the store when a refusal is posted or withdrawn.
+_MAX_POST_S = 1.0
 
-# Buffers are made in the same order on every rank, so a count per group gives all of them the same name.
+# Transports are made in the same order on every rank, so a count per group gives each the same number everywhere.
 _num_transports: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 
 
@@ -48,16 +51,30 @@ class AgreedField:
         name: The argument's name, for the message.
         value: What this rank passed, as an integer of at most 63 bits and a sign.
         show: Turns an integer back into what a reader knows, for the message.
+
+    Raises:
+        ConfigError: The value has more bits.
     """
 
     name: str
     value: int
     show: Callable[[int], str] = str
 
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.value < 2**63:
+            raise ConfigError(f"{self.name} must fit into 64 bits, sign included (got {self.value}); pass less")
+
     @classmethod
     def of_dtype(cls, name: str, dtype: torch.dtype | None) -> AgreedField:
         """A field that holds a dtype; None means that there is no such tensor."""
         return cls(name=name, value=0 if dtype is None else _code(str(dtype)), show=_show_dtype)
+
+
+class Rows(NamedTuple):
+    """One tensor to exchange, `[num_rows, ...]` contiguous, and where to receive; None receives into a new tensor."""
+
+    rows: torch.Tensor
+    out: torch.Tensor | None = None
 
 
 class CollectiveTransport:
@@ -93,8 +110,9 @@ class CollectiveTransport:
         self._operations = {_code(operation): operation for operation in operations}
         self._num_operations = 0
         self._failure: CommTimeoutError | None = None
-        group_name = self.group.group_name
-        store_prefix = f"deep_ep/{name}/{next(_num_transports[group_name])}"
+        self._has_refused = False
+        self._number = next(_num_transports[self.group.group_name])
+        store_prefix = f"deep_ep/{name}/{self._number}"
         self._roll_call = RollCall(_group_store(self.group, store_prefix), rank=self.rank, num_ranks=self.num_ranks)
         self._backends = _backend_of_device(self.group)
 
@@ -119,19 +137,25 @@ class CollectiveTransport:
         """
         self._check_usable()
         assert len(fields) <= _MAX_AGREED_FIELDS, (name, len(fields))
-        self._num_operations += 1
-        operation = Operation(self, f"{name} #{self._num_operations}", self._num_operations)
         num_values = 0 if peer_values is None else len(peer_values[0])
         assert num_values <= _MAX_PEER_VALUES, (name, num_values)
         header = torch.zeros(self.num_ranks, _HEADER_LEN, dtype=torch.int64)
         header[:, 0] = _PROTOCOL_VERSION
         header[:, 1] = _code(name)
-        header[:, 2] = self._num_operations
-        header[:, 3] = len(fields)
+        header[:, 2] = self._number
+        header[:, 3] = self._num_operations + 1
+        header[:, 4] = len(fields)
         if fields:
-            header[:, 4 : 4 + len(fields)] = torch.tensor([field.value for field in fields], dtype=torch.int64)
+            values = torch.tensor([field.value for field in fields], dtype=torch.int64)
+            header[:, _NUM_FIXED_COLUMNS:][:, : len(fields)] = values
         if peer_values is not None and num_values:
             header[:, -_MAX_PEER_VALUES:][:, :num_values] = torch.tensor(peer_values, dtype=torch.int64)
+        if self._has_refused:
+            # This rank takes part after all, so its refusal must not explain a later failure.
+            self._roll_call.withdraw(timeout_s=_MAX_POST_S)
+            self._has_refused = False
+        self._num_operations += 1
+        operation = Operation(self, f"{name} #{self._num_operations}", self._num_operations)
         ones = [1] * self.num_ranks
         heard = operation.exchange_rows(header, ones, ones, "arguments").tolist()
         self._check_agreement(operation, fields, heard)
@@ -142,10 +166,11 @@ class CollectiveTransport:
         checks: list[tuple[str, int, Callable[[int], str]]] = [
             ("protocol version", 0, str),
             ("operation", 1, lambda code: self._operations.get(code, f"an operation of code {code}")),
-            ("number of operations so far", 2, str),
-            ("number of arguments", 3, str),
+            ("instance", 2, lambda number: f"number {number} of this group"),
+            ("number of operations so far", 3, str),
+            ("number of arguments", 4, str),
         ]
-        checks += [(field.name, 4 + column, field.show) for column, field in enumerate(fields)]
+        checks += [(field.name, _NUM_FIXED_COLUMNS + column, field.show) for column, field in enumerate(fields)]
         for field_name, column, show in checks:
             values = [row[column] for row in heard]
             if len(set(values)) > 1:
@@ -160,13 +185,23 @@ class CollectiveTransport:
     def report_rejection(self, operation: str, reason: str) -> None:
         """Leave word that this rank refuses the operation that its peers may be in, and why.
 
-        Peers that wait for this rank then name the reason instead of a silence. Cheap, and never raises.
+        Peers that wait for this rank then name the reason instead of a silence. The next `begin` of this rank takes the
+        word back. Cheap, and never raises.
         Collective: no.
         """
+        if self._failure is not None:
+            # The report on the failure stands: peers may still be asking for it.
+            return
+        self._has_refused = True
         report = RankReport(
             rank=self.rank, operation_idx=self._num_operations + 1, phase_idx=0, phase=operation, rejection=reason
         )
-        self._roll_call.post(report, timeout_s=1.0)
+        self._roll_call.post(report, timeout_s=_MAX_POST_S)
+
+    @property
+    def _roll_call_s(self) -> float:
+        """How much of the timeout is kept back for the roll call."""
+        return min(_MAX_ROLL_CALL_S, self.timeout_s * _ROLL_CALL_SHARE)
 
     def _check_usable(self) -> None:
         if self._failure is not None:
@@ -199,9 +234,11 @@ class CollectiveTransport:
             phase=phase,
             waiting_on=waiting_on,
         )
-        roll_call_s = min(_MAX_ROLL_CALL_S, self.timeout_s * _ROLL_CALL_SHARE)
-        self._roll_call.post(own, timeout_s=roll_call_s)
-        reports = self._roll_call.collect(operation.idx, timeout_s=roll_call_s)
+        deadline = time.monotonic() + self._roll_call_s
+        reports = None
+        # A store that does not take the report does not answer either.
+        if self._roll_call.post(own, timeout_s=self._roll_call_s):
+            reports = self._roll_call.collect(operation.idx, timeout_s=max(deadline - time.monotonic(), 0.0))
         peers = find_culprits(own, reports, num_ranks=self.num_ranks)
         self._failure = CommTimeoutError(
             _describe_failure(self, own, reports, peers, cause),
@@ -230,8 +267,7 @@ class Operation:
         self.num_phases = 0
         self.peer_values: list[list[int]] = []
         # One deadline for the whole operation, so that several exchanges do not add up their timeouts.
-        wait_s = transport.timeout_s - min(_MAX_ROLL_CALL_S, transport.timeout_s * _ROLL_CALL_SHARE)
-        self._deadline = time.monotonic() + wait_s
+        self._deadline = time.monotonic() + transport.timeout_s - transport._roll_call_s
 
     def exchange_rows(
         self,
@@ -256,67 +292,88 @@ class Operation:
 
         Raises:
             CommTimeoutError: A peer died or did not arrive before the operation's deadline.
+            TransportError: The group's backend failed for another reason.
 
         Collective: yes. Stream: on CUDA the host waits until the rows have arrived.
         """
+        return self.exchange([Rows(rows, out)], num_send_rows, num_recv_rows, phase)[0]
+
+    def exchange(
+        self, parts: Sequence[Rows], num_send_rows: Sequence[int], num_recv_rows: Sequence[int], phase: str
+    ) -> list[torch.Tensor]:
+        """`exchange_rows` for several tensors with the same row counts, all under way at once.
+
+        Returns:
+            What arrived, one tensor for each part.
+        """
         self._transport._check_usable()
         self.num_phases += 1
-        num_recv = sum(num_recv_rows)
-        if out is None:
-            out = rows.new_empty((num_recv, *rows.shape[1:]))
-        assert rows.is_contiguous() and out.is_contiguous(), (self.name, phase)
-        assert len(rows) == sum(num_send_rows) and len(out) >= num_recv, (self.name, phase, len(rows), len(out))
-        wire_device = self._transport._wire_device(rows.device)
-        send_bytes = _as_bytes(rows).to(wire_device)
-        recv_bytes = _as_bytes(out)[:num_recv]
-        staged = (
-            recv_bytes
-            if recv_bytes.device == wire_device
-            else recv_bytes.new_empty(recv_bytes.shape, device=wire_device)
-        )
-        send_chunks, recv_chunks = send_bytes.split(list(num_send_rows)), staged.split(list(num_recv_rows))
-        me = self._transport.rank
-        recv_chunks[me].copy_(send_chunks[me])
-        self._exchange_chunks(send_chunks, recv_chunks, wire_device, f"{self.name}: {phase}")
-        if staged is not recv_bytes:
+        num_recv, me = sum(num_recv_rows), self._transport.rank
+        assert num_send_rows[me] == num_recv_rows[me], (self.name, phase, num_send_rows, num_recv_rows)
+        # Ends of the messages: (what is sent, where it is received), for each peer; and copies for after the wait.
+        messages: list[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = []
+        results: list[torch.Tensor] = []
+        unstaging: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for rows, given_out in parts:
+            out = rows.new_empty((num_recv, *rows.shape[1:])) if given_out is None else given_out
+            assert rows.is_contiguous(), (self.name, phase)
+            assert out.is_contiguous(), (self.name, phase)
+            assert len(rows) == sum(num_send_rows), (self.name, phase, len(rows), num_send_rows)
+            assert len(out) >= num_recv, (self.name, phase, len(out), num_recv)
+            assert (out.dtype, out.shape[1:]) == (rows.dtype, rows.shape[1:]), (self.name, phase, out.dtype, out.shape)
+            wire_device = self._transport._wire_device(rows.device)
+            send_bytes = _as_bytes(rows).to(wire_device)
+            recv_bytes = _as_bytes(out)[:num_recv]
+            staged = recv_bytes
+            if recv_bytes.device != wire_device:
+                staged = torch.empty_like(recv_bytes, device=wire_device)
+                unstaging.append((recv_bytes, staged))
+            messages.append((send_bytes.split(list(num_send_rows)), staged.split(list(num_recv_rows))))
+            results.append(out)
+        for send_chunks, recv_chunks in messages:
+            recv_chunks[me].copy_(send_chunks[me])
+        self._exchange_messages(messages, f"{self.name}: {phase}")
+        for recv_bytes, staged in unstaging:
             recv_bytes.copy_(staged)
-        return out
+        return results
 
-    def _exchange_chunks(
-        self,
-        send_chunks: Sequence[torch.Tensor],
-        recv_chunks: Sequence[torch.Tensor],
-        wire_device: torch.device,
-        phase: str,
+    def _exchange_messages(
+        self, messages: Sequence[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]], phase: str
     ) -> None:
         transport, group = self._transport, self._transport.group
         # Start with the next rank, so that the ranks do not all send to rank 0 first.
         peers = [(transport.rank + shift) % transport.num_ranks for shift in range(1, transport.num_ranks)]
-        recvs = [
-            dist.P2POp(dist.irecv, recv_chunks[peer], group=group, tag=_TAG, group_peer=peer)
-            for peer in peers
-            if recv_chunks[peer].numel()
+        recvs = [(dist.irecv, recv_chunks[peer], peer) for _, recv_chunks in messages for peer in peers]
+        sends = [(dist.isend, send_chunks[peer], peer) for send_chunks, _ in messages for peer in peers]
+        ops = [
+            dist.P2POp(call, chunk, group=group, tag=_TAG, group_peer=peer)
+            for call, chunk, peer in recvs + sends
+            if chunk.numel()
         ]
-        sends = [
-            dist.P2POp(dist.isend, send_chunks[peer], group=group, tag=_TAG, group_peer=peer)
-            for peer in peers
-            if send_chunks[peer].numel()
-        ]
-        ops = recvs + sends
         if not ops:
             return
+        is_on_cpu = ops[0].tensor.device.type == "cpu"
         waiting_on: int | None = None
         try:
             works = dist.batch_isend_irecv(ops)
-            if wire_device.type == "cpu":
+            if is_on_cpu:
                 for op, work in zip(ops, works, strict=True):
                     waiting_on = op.group_peer
                     # 1 ms at least: a zero would mean "no timeout".
                     work.wait(timedelta(seconds=max(self._deadline - time.monotonic(), 1e-3)))
             else:
                 _poll(works, self._deadline)
-        except (RuntimeError, TimeoutError) as error:
+        except TimeoutError as error:
             transport._fail(self, phase, waiting_on, error)
+        except RuntimeError as error:
+            # On the CPU the backend has no error of its own for a late or lost peer.
+            if is_on_cpu:
+                transport._fail(self, phase, waiting_on, error)
+            raise TransportError(
+                f"the group's backend failed in {phase} on rank {transport.rank} of {transport.num_ranks}: {error}; "
+                "see its own documentation for the cause",
+                call=phase,
+            ) from error
 
 
 def _poll(works: Sequence[Any], deadline: float) -> None:
@@ -350,7 +407,7 @@ def _describe_failure(
         if rank in reports:
             lines.append(f"rank {rank} {reports[rank]}")
         elif rank != own.rank:
-            lines.append(f"rank {rank} says nothing: it died, or is still on its way")
+            lines.append(f"rank {rank} says nothing: it died, is still on its way, or is done and busy elsewhere")
     lines.append(f"the group's backend said: {str(cause).strip()}")
     lines.append("look at that rank's own output first; a slow rank needs a longer num_cpu_timeout_secs")
     return "; ".join(lines)

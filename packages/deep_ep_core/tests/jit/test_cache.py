@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -287,12 +288,63 @@ def test_clear_leaves_an_entry_that_is_being_built(build: Any, options: JitOptio
     assert entry_of(options, kernel).is_dir()
 
 
-def test_lock_file_that_was_deleted_excludes_nobody_wrongly(tmp_path: Path) -> None:
-    """Who waits for a lock file that is deleted meanwhile takes the new one."""
+def test_lock_file_that_is_deleted_meanwhile_excludes_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened a lock file that its holder then deleted would hold a lock that nobody else sees."""
     path = tmp_path / "a.lock"
+    flock, num_calls = fcntl.flock, 0
+
+    def delete_first(descriptor: int, operation: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", delete_first)
+    with file_lock(path, timeout_s=60.0) as is_held:
+        assert is_held
+        with pytest.raises(TimeoutError), file_lock(path, timeout_s=0.0):
+            pass
+
+
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """Data loaders fork at any time, and a child has all files of its parent open."""
+    path = tmp_path / "a.lock"
+    read_end, write_end = os.pipe()
     with file_lock(path, timeout_s=0.0):
-        path.unlink()
+        child = os.fork()
+        if child == 0:
+            os.close(write_end)
+            os.read(read_end, 1)
+            os._exit(0)
+    try:
         with file_lock(path, timeout_s=0.0) as is_held:
             assert is_held
-            with pytest.raises(TimeoutError), file_lock(path, timeout_s=0.0):
-                pass
+    finally:
+        os.close(write_end)
+        os.waitpid(child, 0)
+        os.close(read_end)
+
+
+def test_entry_is_on_the_disk_before_it_appears(
+    build: Any, options: JitOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut an entry is whole or absent."""
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.partition(".")[2])
+        fsync(descriptor)
+
+    def record_rename(source: Any, target: Any) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    kernel, _ = build()
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert sorted(before[:3]) == ["cu", "cubin", "json"]
+    assert before[3].startswith(kernel.name.partition(".")[2])  # the folder itself
+    assert after == [""]  # the folder that it appears in

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from deep_ep_core.errors import CompileError
 from deep_ep_core.jit import Builder, JitOptions, find_ninja, precompile_specs
 from deep_ep_core.jit.__main__ import main
 from deep_ep_core.jit.compiler import NvccCompiler
@@ -49,12 +48,12 @@ def test_precompiled_kernels_are_what_a_run_would_compile(
 
 
 def test_failure_does_not_stop_the_others(builder: Builder, ninja: Path | None, toy: ModuleType) -> None:
-    report = precompile_specs(builder, toy.broken_specs(), ["sm_90a"], num_jobs=2, ninja=ninja)
+    report = precompile_specs(builder, toy.broken_specs(), ["sm_90a"], num_jobs=1, ninja=ninja)
     assert [kernel.entry_name for kernel in report.kernels] == ["scale_kernel"]
-    (error,) = report.errors
-    assert isinstance(error, CompileError)
-    assert "no_such_function" in error.log
-    assert "it failed (exit status" in str(error)
+    assert len(report.errors) == 2
+    for error in report.errors:
+        assert "no_such_function" in error.log
+        assert "it failed (exit status" in str(error)
 
 
 def test_equal_specs_are_built_once(options: JitOptions, fake_compiler: Any, toy: ModuleType) -> None:

@@ -86,5 +86,6 @@ def all_specs() -> list[KernelSpec]:
 
 
 def broken_specs() -> list[KernelSpec]:
-    """A variant that compiles and one that does not."""
-    return [scale_spec(), scale_spec(label="broken", function="toy::no_such_function")]
+    """A variant that compiles between two that do not."""
+    first, second = (scale_spec(label=f"broken{idx}", function="toy::no_such_function") for idx in range(2))
+    return [first, scale_spec(), second]

@@ -391,7 +391,9 @@ def _(
     do_expand: bool,
     do_cpu_sync: bool,
 ) -> tuple[Tensor, ...]:
-    buffer = live_buffer(buffer_id)
+    # A block that was compiled for one buffer and then meets another is traced with symbols for the numbers that
+    # changed; the buffer must be one, so each gets its own program.
+    buffer = live_buffer(int(buffer_id))
     num_local_experts = num_experts // buffer.num_ranks
     num_topk = topk_idx.size(1)
     new_size = torch.library.get_ctx().new_dynamic_size

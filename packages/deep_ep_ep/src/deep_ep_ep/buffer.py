@@ -687,8 +687,14 @@ class ElasticBuffer:
     def _default_num_sms(self, num_experts: int, num_topk: int) -> int:
         key = (num_experts, num_topk)
         if key not in self._num_sms_of:
-            # A row may have more entries than there are experts, the rest negative; no more than all can be hit.
-            self._num_sms_of[key] = self.get_theoretical_num_sms(num_experts, min(num_topk, num_experts))
+            # The collective backend uses no SMs, so it asks no link for its rate. A row may have more entries than
+            # there are experts, the rest negative.
+            self._num_sms_of[key] = self.get_theoretical_num_sms(
+                num_experts,
+                min(num_topk, num_experts),
+                rdma_gbs=ASSUMED_RDMA_GBS,
+                nvlink_gbs=ASSUMED_NVLINK_GBS,
+            )
         return self._num_sms_of[key]
 
     def _shape(self, num_max_tokens_per_rank: int, row_bytes: int, num_topk: int, num_sf_packs: int) -> BufferShape:

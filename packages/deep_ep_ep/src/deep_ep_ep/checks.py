@@ -17,6 +17,7 @@ from deep_ep_core.errors import ConfigError
 from deep_ep_core.stream import EventHandle, EventOverlap, StreamOptions
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.reduction import COMBINE_DTYPES
+from deep_ep_ep.sizing import MAX_NUM_TOPK
 
 __all__ = [
     "BufferFacts",
@@ -32,7 +33,6 @@ __all__ = [
 TOPK_IDX_DTYPES = (torch.int64, torch.int32)
 # float64 serves gradient checks; kernels take float32.
 WEIGHT_DTYPES = (torch.float32, torch.float64)
-MAX_NUM_TOPK = 32
 # Rows move in units of 16 bytes.
 ROW_ALIGNMENT_BYTES = 16
 SF_PACK_BYTES = 4

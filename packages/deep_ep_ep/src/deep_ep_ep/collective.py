@@ -13,7 +13,7 @@ import torch
 from deep_ep_core.align import align_up
 from deep_ep_core.stream import CommScope
 from deep_ep_core.topology import Topology
-from deep_ep_core.transport import AgreedField, CollectiveTransport, Operation
+from deep_ep_core.transport import AgreedField, CollectiveTransport, Operation, Rows
 from deep_ep_ep.backend import CombineResult, DispatchResult
 from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs, check_topk_values
 from deep_ep_ep.handle import EPHandle, RoutingPlan
@@ -176,12 +176,10 @@ class CollectiveBackend:
             rows, row_idx = self._return_every_row(operation, args, dst_rank)
         else:
             local_rows, local_weights = _one_row_per_token(args)
-            rows = operation.exchange_rows(local_rows, plan.num_recv_rows, plan.num_send_rows, "rows back")
+            parts = [Rows(local_rows)] if local_weights is None else [Rows(local_rows), Rows(local_weights)]
+            rows, *weights = operation.exchange(parts, plan.num_recv_rows, plan.num_send_rows, "rows back")
             row_idx = torch.where(plan.is_master, plan.sent_row_idx, -1)
-            if local_weights is not None:
-                returned_weights = operation.exchange_rows(
-                    local_weights, plan.num_recv_rows, plan.num_send_rows, "weights back"
-                )
+            returned_weights = weights[0] if weights else None
         scope.wait_before_epilogue()
         is_hierarchical = self._facts.allow_multiple_reduction and self._topology.num_scaleout_ranks > 1
         combined_x = reduce_at_source(
@@ -256,24 +254,29 @@ def _show_bool(value: int) -> str:
 
 def _exchange_tokens(operation: Operation, args: DispatchArgs, plan: RoutingPlan, *, num_rows: int) -> _Arrived:
     """Send this rank's tokens with all that belongs to them; `x` is received into `num_rows` rows."""
-
-    def exchange(rows: torch.Tensor, phase: str, out: torch.Tensor | None = None) -> torch.Tensor:
-        return operation.exchange_rows(rows, plan.num_send_rows, plan.num_recv_rows, phase, out)
-
     token_idx = plan.send_token_idx
     ids = torch.cat([args.topk_idx.to(torch.int32)[token_idx], token_idx.to(torch.int32).unsqueeze(1)], dim=1)
-    recv_ids = exchange(ids, "ids")
-    # Gathered as bytes: torch cannot index every dtype that may come.
-    x_bytes = args.x.view(torch.uint8)
-    out = torch.empty(num_rows, x_bytes.size(1), dtype=torch.uint8, device=args.x.device)
-    recv_x = exchange(x_bytes[token_idx], "payload", out).view(args.x.dtype)
+    words = _as_words(args.x)
+    parts = {"ids": Rows(ids), "x": Rows(words[token_idx], words.new_empty(num_rows, words.size(1)))}
+    if args.sf is not None:
+        parts["sf"] = Rows(args.sf[token_idx].contiguous())
+    if args.topk_weights is not None:
+        parts["weights"] = Rows(args.topk_weights[token_idx])
+    received = operation.exchange(list(parts.values()), plan.num_send_rows, plan.num_recv_rows, "payload")
+    arrived = dict(zip(parts, received, strict=True))
     return _Arrived(
-        x=recv_x,
-        sf=None if args.sf is None else exchange(args.sf[token_idx].contiguous(), "scales"),
-        topk_idx=recv_ids[:, :-1],
-        token_idx=recv_ids[:, -1],
-        topk_weights=None if args.topk_weights is None else exchange(args.topk_weights[token_idx], "weights"),
+        x=arrived["x"].view(args.x.dtype),
+        sf=arrived.get("sf"),
+        topk_idx=arrived["ids"][:, :-1],
+        token_idx=arrived["ids"][:, -1],
+        topk_weights=arrived.get("weights"),
     )
+
+
+def _as_words(rows: torch.Tensor) -> torch.Tensor:
+    """The rows as 8-byte words: torch cannot index every dtype that may come, and wide elements are copied faster."""
+    # Through one axis: an empty tensor may be contiguous with strides that no view of another width accepts.
+    return rows.view(-1).view(torch.int64).view(len(rows), rows.size(1) * rows.element_size() // 8)
 
 
 def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -306,9 +309,9 @@ def _lay_out_by_expert(
     num_rows = handle.num_expanded_tokens
     src_row, position = (row_of_entry >= 0).nonzero(as_tuple=True)
     dst_row = row_of_entry[src_row, position].long()
-    x_bytes = arrived.x.view(torch.uint8)
-    out_bytes = torch.empty(num_rows, x_bytes.size(1), dtype=torch.uint8, device=x_bytes.device)
-    out_bytes[dst_row] = x_bytes[src_row]
+    words = _as_words(arrived.x)
+    out_words = words.new_empty(num_rows, words.size(1))
+    out_words[dst_row] = words[src_row]
     sf = None if arrived.sf is None else _place_sf(args, arrived.sf[src_row], num_rows, dst_row)
     weights = None
     if arrived.topk_weights is not None:
@@ -316,13 +319,13 @@ def _lay_out_by_expert(
         weights[dst_row] = arrived.topk_weights[src_row, position]
     if args.do_zero_padding:
         gaps = _padding_rows(handle, dst_row)
-        out_bytes[gaps] = 0
+        out_words[gaps] = 0
         if sf is not None:
             sf[gaps] = 0
         if weights is not None:
             weights[gaps] = 0
     return DispatchResult(
-        recv_x=out_bytes.view(args.x.dtype),
+        recv_x=out_words.view(args.x.dtype),
         recv_sf=sf,
         recv_topk_idx=None,
         recv_topk_weights=weights,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 __all__ = ["ExpertLayout", "SendRouting", "last_of_each_group", "layout_experts", "local_expert_idx", "route_tokens"]
 
 
@@ -81,7 +80,8 @@ def route_tokens(topk_idx: torch.Tensor, *, num_ranks: int, num_local_experts: i
     # Column -1, the last, takes the entries that select nothing, and is dropped.
     is_sent.scatter_(1, torch.where(dst_rank >= 0, dst_rank, num_ranks), True)
     is_sent = is_sent[:, :num_ranks]
-    send_token_idx = is_sent.t().nonzero()[:, 1]
+    # A copy: the column is a view of both, and operators return this tensor, which must begin its own memory.
+    send_token_idx = is_sent.t().nonzero()[:, 1].clone()
     num_send_rows = is_sent.sum(0)
     slot_of_rank = is_sent.long().cumsum(0) - 1
     first_row_of_rank = num_send_rows.cumsum(0) - num_send_rows
@@ -100,7 +100,7 @@ def route_tokens(topk_idx: torch.Tensor, *, num_ranks: int, num_local_experts: i
 def local_expert_idx(topk_idx: torch.Tensor, *, rank: int, num_local_experts: int) -> torch.Tensor:
     """Local expert index of each entry that this rank hosts, -1 elsewhere; of the same shape and dtype."""
     local_idx = topk_idx - rank * num_local_experts
-    return torch.where((local_idx >= 0) & (local_idx < num_local_experts) & (topk_idx >= 0), local_idx, -1)
+    return torch.where((local_idx >= 0) & (local_idx < num_local_experts), local_idx, -1)
 
 
 def layout_experts(local_idx: torch.Tensor, *, num_local_experts: int, expert_alignment: int) -> ExpertLayout:

@@ -33,6 +33,7 @@ class Case:
     num_max_tokens_per_rank: int = 48
     num_biases: int = 0
     column_major_input_sf: bool = False
+    device: str = "cpu"
 
     @property
     def num_ranks(self) -> int:
@@ -89,6 +90,13 @@ def make_sent(case: Case) -> list[reference.Sent]:
         )
         everyone.append(reference.Sent(x=x, topk_idx=topk_idx, sf=sf, topk_weights=weights))
     return everyone
+
+
+def to_device(case: Case, value: object) -> object:
+    """Tensors, alone or in a tuple, on the device of the case; None stays None."""
+    if isinstance(value, tuple):
+        return tuple(to_device(case, each) for each in value)
+    return value.to(case.device) if isinstance(value, torch.Tensor) else value
 
 
 def make_expert_output(case: Case, rank: int, token: int, position: int) -> torch.Tensor:
@@ -149,7 +157,7 @@ class Expected:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -163,6 +171,7 @@ def assert_bits_equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -
 
 def assert_values_equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     """Equal to the bit but for the sign of a zero, which the contract leaves open."""
+    actual = actual.cpu()
     assert_bits_equal(torch.where(actual == 0, 0, actual), torch.where(expected == 0, 0, expected), what)
 
 
@@ -264,7 +273,7 @@ def check_handle(expected: Expected, rank: int, handle: EPHandle, buffer: Elasti
     num_peers = buffer.num_scaleup_ranks
     per_peer = [sum(1 for source, _ in received.source if source % num_peers == peer) for peer in range(num_peers)]
     assert handle.psum_num_recv_tokens_per_scaleup_rank.tolist() == [sum(per_peer[: i + 1]) for i in range(num_peers)]
-    metadata = handle.recv_src_metadata
+    metadata = handle.recv_src_metadata.cpu()
     assert metadata.shape == (handle.num_recv_tokens, num_topk + 2)
     assert metadata.dtype == torch.int32
     for row, (source, token) in enumerate(received.source):
@@ -288,12 +297,13 @@ def check_handle(expected: Expected, rank: int, handle: EPHandle, buffer: Elasti
 
 def make_buffer(case: Case, **options: object) -> ElasticBuffer:
     arguments: dict[str, object] = {
+        "group": dist.group.WORLD,
         "num_max_tokens_per_rank": case.num_max_tokens_per_rank,
         "hidden": case.hidden,
         "explicitly_destroy": True,
         "num_cpu_timeout_secs": 60,
     }
-    return ElasticBuffer(dist.group.WORLD, **{**arguments, **options})  # type: ignore[arg-type]
+    return ElasticBuffer(**{**arguments, **options})  # type: ignore[arg-type]
 
 
 def with_ranks(case: Case) -> Case:

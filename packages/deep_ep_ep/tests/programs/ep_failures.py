@@ -74,14 +74,14 @@ def die_in_the_middle(victim: int, timeout_s: float) -> None:
     buffer = make_buffer(CASE, num_cpu_timeout_secs=timeout_s)
     buffer.barrier()
     if rank == victim:
-        original = Operation.exchange_rows
+        original = Operation.exchange
 
-        def exchange_or_die(self, rows, num_send_rows, num_recv_rows, phase, out=None):
+        def exchange_or_die(self, parts, num_send_rows, num_recv_rows, phase):
             if phase == "payload":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, rows, num_send_rows, num_recv_rows, phase, out)
+            return original(self, parts, num_send_rows, num_recv_rows, phase)
 
-        Operation.exchange_rows = exchange_or_die
+        Operation.exchange = exchange_or_die
     buffer.dispatch(sent.x, topk_idx=sent.topk_idx, num_experts=CASE.num_experts)
 
 

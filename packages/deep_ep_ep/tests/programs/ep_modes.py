@@ -22,6 +22,7 @@ from ep_cases import (
     make_biases,
     make_buffer,
     padded,
+    to_device,
     with_ranks,
 )
 
@@ -89,24 +90,26 @@ def check_round_trip(buffer: ElasticBuffer, expected: Expected, mode: Mode, *, d
     """
     rank, case = dist.get_rank(), expected.case
     sent = expected.sent[rank]
-    x = sent.x if sent.sf is None else (sent.x, sent.sf)
+    x, topk_idx, topk_weights = to_device(case, (sent.x, sent.topk_idx, sent.topk_weights))
+    if sent.sf is not None:
+        x = (x, to_device(case, sent.sf))
     caller = Caller(buffer, mode)
-    stats = torch.full((case.num_local_experts,), 5, dtype=torch.int32)
+    stats = torch.full((case.num_local_experts,), 5, dtype=torch.int32, device=case.device)
     common = {
-        "topk_idx": sent.topk_idx,
+        "topk_idx": topk_idx,
         "num_experts": case.num_experts,
         "expert_alignment": case.expert_alignment,
         "do_cpu_sync": int(do_cpu_sync),
         "do_handle_copy": int(mode.do_handle_copy),
     }
     by_column = {"use_tma_aligned_col_major_sf": 1}
-    token_major = caller.dispatch(x, topk_weights=sent.topk_weights, cumulative_local_expert_recv_stats=stats, **common)
-    expert_major = caller.dispatch(x, topk_weights=sent.topk_weights, do_expand=1, **by_column, **common)
+    token_major = caller.dispatch(x, topk_weights=topk_weights, cumulative_local_expert_recv_stats=stats, **common)
+    expert_major = caller.dispatch(x, topk_weights=topk_weights, do_expand=1, **by_column, **common)
     handle, exp_handle = token_major[3], expert_major[3]
     # Without weights; the SM count is left to the handle.
     cached_token_major = caller.dispatch(x, handle=handle, num_sms=0)
     cached_expert_major = caller.dispatch(
-        x, handle=exp_handle, topk_weights=sent.topk_weights, do_expand=True, do_zero_padding=True, **by_column
+        x, handle=exp_handle, topk_weights=topk_weights, do_expand=True, do_zero_padding=True, **by_column
     )
     # A token-major cached dispatch may use an expert-major handle.
     crossed = caller.dispatch(x, handle=exp_handle)
@@ -117,7 +120,7 @@ def check_round_trip(buffer: ElasticBuffer, expected: Expected, mode: Mode, *, d
     check_token_major(expected, rank, *token_major[:3], num_rows=num_rows)
     check_handle(expected, rank, handle, buffer, do_cpu_sync=do_cpu_sync)
     assert (stats - 5).tolist() == [len(pairs) for pairs in expected.received[rank].expert_rows]
-    is_shared = handle.topk_idx.data_ptr() == sent.topk_idx.data_ptr()
+    is_shared = handle.topk_idx.data_ptr() == topk_idx.data_ptr()
     assert is_shared == (not mode.do_handle_copy or sent.topk_idx.numel() == 0)
     assert_bits_equal(handle.topk_idx, sent.topk_idx, "handle.topk_idx")
     check_expert_major(expected, rank, *expert_major[:3], is_zero_padded=False, num_rows=num_exp_rows)
@@ -157,7 +160,8 @@ def call_combines(
         num_rows = use_handle.num_expanded_tokens if is_expanded else use_handle.num_recv_tokens
         has_weights = not is_expanded or buffer.allow_multiple_reduction
         own_weights = padded(weights[rank], num_rows) if has_weights else None
-        results.append(caller.combine(padded(outputs[rank], num_rows), use_handle, bias=bias, topk_weights=own_weights))
+        x, own_weights, own_bias = to_device(case, (padded(outputs[rank], num_rows), own_weights, bias))
+        results.append(caller.combine(x, use_handle, bias=own_bias, topk_weights=own_weights))
 
     def compare() -> None:
         for (is_expanded, _, outputs, weights), (combined, combined_weights) in zip(layouts, results, strict=True):
@@ -195,12 +199,14 @@ def case_of(mode: Mode, num_tokens: tuple[int, ...]) -> Case:
 UNEVEN = (33, 31, 1, 20)
 
 
-def check_all_modes(first: int = 0, step: int = 1, options: dict[str, object] | None = None) -> int:
+def check_all_modes(
+    first: int = 0, step: int = 1, options: dict[str, object] | None = None, device: str = "cpu"
+) -> int:
     """Run modes first, first + step, ... on one buffer; returns how many ran."""
     modes = all_modes()[first::step]
     buffer = None
     for mode in modes:
-        case = with_ranks(case_of(mode, UNEVEN))
+        case = replace(with_ranks(case_of(mode, UNEVEN)), device=device)
         buffer = buffer or make_buffer(case, **(options or {}))
         check_round_trip(buffer, Expected.of(case), mode)
     assert buffer is not None

@@ -60,6 +60,9 @@ def file_lock(path: Path, *, timeout_s: float) -> Iterator[bool]:
                 yield True
                 return
         finally:
+            # Closing alone would leave it locked for as long as a forked child has the file open.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
         if time.monotonic() >= deadline:
             raise TimeoutError(errno.ETIMEDOUT, f"another process held the lock for {timeout_s:.0f} s", str(path))

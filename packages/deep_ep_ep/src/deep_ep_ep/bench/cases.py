@@ -15,7 +15,8 @@ import torch
 
 from deep_ep_core.align import ceil_div
 from deep_ep_core.errors import ConfigError
-from deep_ep_ep.checks import MAX_NUM_TOPK, ROW_ALIGNMENT_BYTES
+from deep_ep_ep.checks import ROW_ALIGNMENT_BYTES
+from deep_ep_ep.sizing import MAX_NUM_TOPK
 
 __all__ = [
     "DTYPES",

@@ -13,6 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# The first differentiable dispatch imports this module, whose functions have the default group of that moment as a
+# default argument. Imported here, before there is a group, it cannot keep the group and its threads alive: a gloo
+# thread that is still at work while the interpreter ends may abort the process.
+import torch.distributed.nn.functional
+
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.launch import launch
 from deep_ep_core.local import LaunchConfig
@@ -209,7 +214,10 @@ def _summary(runs: Runs, agreement: Agreement) -> str:
     lines += [f"{name:27} {left:>18} {right:>12}" for name, left, right in rows]
     lines.append(f"\n{'largest relative difference':27} {'found':>18} {'allowed':>12}  where")
     lines += [f"{each.name:27} {each.worst:18.1e} {each.allowed:12.0e}  {each.where}" for each in agreement.comparisons]
-    lines.append(f"routing choices that differ: {agreement.num_moved} of {agreement.num_choices:,}")
+    lines.append(
+        f"routing: {agreement.num_moved} of {agreement.num_choices:,} choices differ; "
+        f"{agreement.num_settled_ties} near ties were settled alike"
+    )
     return "\n".join(lines)
 
 

@@ -24,9 +24,9 @@ class Tolerances:
         parameters: Norm of the difference over the norm, for each parameter tensor.
     """
 
-    loss: float = 1e-4
+    loss: float = 1e-5
     gradient_norm: float = 1e-3
-    parameters: float = 1e-3
+    parameters: float = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +60,14 @@ class Agreement:
 
     Attributes:
         comparisons: One for each quantity.
-        num_moved: Least number of routing choices that differ: the difference of the experts' loads, over all steps.
+        num_moved: Routing choices that differ at least: the difference of the experts' loads, over all steps.
+        num_settled_ties: Near ties that the unsharded run settled as the sharded one had.
         num_choices: Routing choices of each run.
     """
 
     comparisons: tuple[Comparison, ...]
     num_moved: int
+    num_settled_ties: int
     num_choices: int
 
     @property
@@ -77,8 +79,7 @@ class Agreement:
 def compare(sharded: Run, unsharded: Run, tolerances: Tolerances | None = None) -> Agreement:
     """Compare two runs over the same steps.
 
-    Loads are counted but not judged: a token whose second and third choice are almost equally likely may go the
-    other way, which the losses bear out as harmless or not.
+    Differences of the routing are counted but not judged: losses and gradients show what they come to.
 
     Args:
         sharded: The run over the ranks.
@@ -113,6 +114,7 @@ def compare(sharded: Run, unsharded: Run, tolerances: Tolerances | None = None) 
     return Agreement(
         comparisons=tuple(comparisons),
         num_moved=sum(int((one - other).abs().sum()) // 2 for one, other in pairs),
+        num_settled_ties=unsharded.num_settled_ties,
         num_choices=sum(int(other.sum()) for _, other in pairs),
     )
 

@@ -14,7 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AllExpertsHere", "ExpertPlacement", "Experts", "MoELayer", "ModelConfig", "Output", "Transformer"]
+__all__ = [
+    "TIE_PROBABILITY",
+    "AllExpertsHere",
+    "ExpertPlacement",
+    "Experts",
+    "LayerOutput",
+    "MoELayer",
+    "ModelConfig",
+    "Output",
+    "Transformer",
+    "choose_experts",
+]
+
+# Router probabilities closer than this are a near tie: rounding alone may decide it either way.
+TIE_PROBABILITY = 1e-5
 
 _INIT_STD = 0.02
 
@@ -109,6 +123,50 @@ class AllExpertsHere:
         return counts
 
 
+def choose_experts(probabilities: Tensor, num_topk: int, tie_breaker: Tensor | None) -> tuple[Tensor, int]:
+    """The most probable experts of each token; near ties go the way of another run.
+
+    Two runs that differ by rounding only would otherwise part for good at the first token whose next best expert is
+    equally probable, about once in a million choices. A choice that is worse by more than `TIE_PROBABILITY` is never
+    taken over.
+
+    Args:
+        probabilities: `[num_tokens, num_experts]`.
+        num_topk: Experts of a token.
+        tie_breaker: `[num_tokens, num_topk]` int64: what the other run chose, or None.
+
+    Returns:
+        The choices `[num_tokens, num_topk]` int64, and the number of tokens whose own choice was given up.
+    """
+    own = probabilities.topk(num_topk, dim=-1).indices
+    if tie_breaker is None:
+        return own, 0
+    lost = probabilities.gather(1, own).sum(dim=1) - probabilities.gather(1, tie_breaker).sum(dim=1)
+    is_taken = lost.abs() <= TIE_PROBABILITY
+    is_other = (own.sort(dim=1).values != tie_breaker.sort(dim=1).values).any(dim=1)
+    return torch.where(is_taken.unsqueeze(1), tie_breaker, own), int((is_taken & is_other).sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerOutput:
+    """What an MoE layer gives.
+
+    Attributes:
+        x: `[num_tokens, hidden]`.
+        balance_loss: Scalar: this process's share of the load-balancing loss, to be averaged over the ranks; 1 where
+            every expert gets the same.
+        load: `[num_experts]` int64: tokens of the whole batch that went to each expert.
+        topk_idx: `[num_tokens, num_topk]` int64: the experts that were chosen.
+        num_settled_ties: Tokens whose near tie the tie breaker decided the other way.
+    """
+
+    x: Tensor
+    balance_loss: Tensor
+    load: Tensor
+    topk_idx: Tensor
+    num_settled_ties: int
+
+
 class MoELayer(nn.Module):
     """A softmax router, the experts of this process, and the way to those of the others."""
 
@@ -119,25 +177,29 @@ class MoELayer(nn.Module):
         self.experts = Experts(config.num_experts, config.hidden, config.expert_hidden)
         self._placement = placement
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, tie_breaker: Tensor | None = None) -> LayerOutput:
         """Route tokens and run their experts.
 
         Args:
             x: `[num_tokens, hidden]`.
-
-        Returns:
-            The output `[num_tokens, hidden]`; this process's share of the load-balancing loss, to be averaged over
-            the ranks; and the load `[num_experts]` int64, the tokens of the whole batch that went to each expert.
+            tie_breaker: See `choose_experts`.
         """
         probabilities = self.router(x).softmax(dim=-1)
-        topk_probabilities, topk_idx = probabilities.topk(self.num_topk, dim=-1)
+        topk_idx, num_settled_ties = choose_experts(probabilities.detach(), self.num_topk, tie_breaker)
+        topk_probabilities = probabilities.gather(1, topk_idx)
         topk_weights = topk_probabilities / topk_probabilities.sum(dim=-1, keepdim=True)
         num_experts = probabilities.size(1)
         load = self._placement.sum_over_batch(topk_idx.flatten().bincount(minlength=num_experts))
         # Linear in the probabilities once the load is that of the whole batch, so the ranks' mean is the loss of the
         # whole batch; with each rank's own load it would not be.
         balance_loss = num_experts * (load / load.sum() * probabilities.mean(dim=0)).sum()
-        return self._placement.run(self.experts, x, topk_idx, topk_weights), balance_loss, load
+        return LayerOutput(
+            x=self._placement.run(self.experts, x, topk_idx, topk_weights),
+            balance_loss=balance_loss,
+            load=load,
+            topk_idx=topk_idx,
+            num_settled_ties=num_settled_ties,
+        )
 
 
 class Block(nn.Module):
@@ -152,15 +214,15 @@ class Block(nn.Module):
         self.moe_norm = nn.RMSNorm(config.hidden)
         self.moe = MoELayer(config, placement)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Apply the block to `[batch, context, hidden]`; returns what `MoELayer` does, of that shape."""
+    def forward(self, x: Tensor, tie_breaker: Tensor | None = None) -> tuple[Tensor, LayerOutput]:
+        """Apply the block to `[batch, context, hidden]`; returns that, and what the MoE layer gave."""
         batch, context, hidden = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, context, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, context, hidden))
-        output, balance_loss, load = self.moe(self.moe_norm(x).view(-1, hidden))
-        return x + output.view_as(x), balance_loss, load
+        output: LayerOutput = self.moe(self.moe_norm(x).view(-1, hidden), tie_breaker)
+        return x + output.x.view_as(x), output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -169,13 +231,17 @@ class Output:
 
     Attributes:
         loss: Scalar: mean cross-entropy of this process's next bytes, in nats.
-        balance_loss: Scalar: mean load-balancing loss of the layers; 1 where every expert gets the same.
+        balance_loss: Scalar: mean over the layers, see `LayerOutput`.
         load: `[num_layers, num_experts]` int64: tokens of the whole batch that went to each expert.
+        topk_idx: `[num_layers, num_tokens, num_topk]` int64: the experts that were chosen.
+        num_settled_ties: Sum over the layers, see `LayerOutput`.
     """
 
     loss: Tensor
     balance_loss: Tensor
     load: Tensor
+    topk_idx: Tensor
+    num_settled_ties: int
 
 
 class Transformer(nn.Module):
@@ -198,18 +264,24 @@ class Transformer(nn.Module):
             self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
             nn.init.normal_(self.head.weight, std=_INIT_STD)
 
-    def forward(self, windows: Tensor) -> Output:
+    def forward(self, windows: Tensor, tie_breaker: Tensor | None = None) -> Output:
         """Predict each byte of a window from those before it.
 
         Args:
             windows: `[batch, context + 1]` int64: byte values.
+            tie_breaker: `topk_idx` of another run's output for the same windows, see `choose_experts`.
         """
         x = self.embedding(windows[:, :-1]) + self.position
-        balance_losses, loads = [], []
-        for block in self.blocks:
-            x, balance_loss, load = block(x)
-            balance_losses.append(balance_loss)
-            loads.append(load)
+        layers: list[LayerOutput] = []
+        for layer, block in enumerate(self.blocks):
+            x, output = block(x, None if tie_breaker is None else tie_breaker[layer])
+            layers.append(output)
         logits = self.head(self.norm(x))
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        return Output(loss=loss, balance_loss=torch.stack(balance_losses).mean(), load=torch.stack(loads))
+        return Output(
+            loss=loss,
+            balance_loss=torch.stack([layer.balance_loss for layer in layers]).mean(),
+            load=torch.stack([layer.load for layer in layers]),
+            topk_idx=torch.stack([layer.topk_idx for layer in layers]),
+            num_settled_ties=sum(layer.num_settled_ties for layer in layers),
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from typing import Any, Protocol, TextIO
 
 from deep_ep_ep.demo.train import StepReport
@@ -52,7 +53,9 @@ class BarProgress:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=report.num_steps, file=self._terminal, dynamic_ncols=True, bar_format=_BAR_FORMAT)
+            # Not dynamic_ncols: a terminal that does not know its width would get an empty bar.
+            num_columns = shutil.get_terminal_size().columns
+            self._bar = tqdm(total=report.num_steps, file=self._terminal, ncols=num_columns, bar_format=_BAR_FORMAT)
         losses = f"loss {report.loss:.3f}, unsharded {report.unsharded_loss:.3f}"
         self._bar.set_postfix_str(f"{losses}, {report.tokens_per_s:,.0f} tokens/s", refresh=False)
         self._bar.update(report.step - self._bar.n)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deep_ep_ep import ElasticBuffer, autograd
 from deep_ep_ep.demo.model import Experts
 
-__all__ = ["ExpertsAcrossRanks", "GradientSum", "gather_parameters", "keep_own_experts"]
+__all__ = ["ExpertsAcrossRanks", "GradientSum", "gather_parameters", "gather_tokens", "keep_own_experts"]
 
 
 class ExpertsAcrossRanks:
@@ -78,6 +78,25 @@ def gather_parameters(model: nn.Module, group: dist.ProcessGroup | None) -> tupl
             tensor = torch.cat(parts)
         gathered[name] = tensor
     return gathered, expert_names
+
+
+def gather_tokens(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Values of every rank's tokens, in batch order.
+
+    Args:
+        values: `[num_layers, num_tokens, n]`: those of this rank.
+        group: The ranks that share the batch, or None.
+
+    Returns:
+        `[num_layers, num_ranks * num_tokens, n]`.
+
+    Collective: yes, with a group.
+    """
+    if group is None:
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, values, group=group)
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from deep_ep_core.errors import ConfigError
 from deep_ep_ep import ElasticBuffer
 from deep_ep_ep.demo.model import AllExpertsHere, ModelConfig, Output, Transformer
-from deep_ep_ep.demo.sharded import ExpertsAcrossRanks, GradientSum, gather_parameters, keep_own_experts
+from deep_ep_ep.demo.sharded import ExpertsAcrossRanks, GradientSum, gather_parameters, gather_tokens, keep_own_experts
 from deep_ep_ep.demo.text import Corpus
 
 __all__ = ["Run", "Runs", "StepReport", "TrainConfig", "train"]
@@ -79,6 +79,7 @@ class Run:
         expert_gradient_norms: Norm of the gradient of all experts of all ranks, for each step.
         held_out_losses: Loss on the held-out text, by number of steps done.
         loads: For each step `[num_layers, num_experts]` int64: tokens that went to each expert.
+        num_settled_ties: Tokens, over all steps, whose near tie was settled as in the other run.
         train_s: Seconds spent in training steps.
         parameters: The final parameters by name, experts of all ranks side by side, on the CPU.
         expert_names: The names among them that are experts.
@@ -89,6 +90,7 @@ class Run:
     expert_gradient_norms: list[float] = field(default_factory=list)
     held_out_losses: dict[int, float] = field(default_factory=dict)
     loads: list[Tensor] = field(default_factory=list)
+    num_settled_ties: int = 0
     train_s: float = 0.0
     parameters: dict[str, Tensor] = field(default_factory=dict)
     expert_names: frozenset[str] = frozenset()
@@ -148,13 +150,23 @@ class _Trainer:
         self._num_shares = 1 if group is None else dist.get_world_size(group)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95))
 
-    def step(self, windows: Tensor) -> None:
-        """Train on this process's part of a batch. Collective: yes, with a group."""
+    def step(self, windows: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+        """Train on this process's part of a batch.
+
+        Args:
+            windows: `[batch, context + 1]` int64.
+            tie_breaker: What the other run's step on the same batch returned, or None.
+
+        Returns:
+            The chosen experts of the whole batch, `[num_layers, num_tokens, num_topk]`.
+
+        Collective: yes, with a group.
+        """
         start_s = time.perf_counter()
         for settings in self._optimizer.param_groups:
             settings["lr"] = self._config.learning_rate_at(len(self.run.losses))
         self._optimizer.zero_grad()
-        output: Output = self._model(windows)
+        output: Output = self._model(windows, tie_breaker)
         # A rank's loss is its share of the whole batch's mean. Gradients then add up to those of that mean: the
         # experts' in the backward pass of dispatch and combine, the others by an all-reduce.
         loss = output.loss / self._num_shares
@@ -168,14 +180,18 @@ class _Trainer:
         self.run.dense_gradient_norms.append(total.dense_norm)
         self.run.expert_gradient_norms.append(total.expert_norm)
         self.run.loads.append(output.load.cpu())
+        self.run.num_settled_ties += output.num_settled_ties
+        return gather_tokens(output.topk_idx, self._group)
 
     @torch.no_grad()
-    def look_at_held_out(self, windows: Tensor) -> None:
-        """Measure the loss on this process's part of the held-out text. Collective: yes, with a group."""
-        loss = self._model(windows).loss / self._num_shares
+    def look_at_held_out(self, windows: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+        """Measure the loss on this process's part of the held-out text; otherwise as `step`."""
+        output: Output = self._model(windows, tie_breaker)
+        loss = output.loss / self._num_shares
         if self._group is not None:
             dist.all_reduce(loss, group=self._group)
         self.run.held_out_losses[len(self.run.losses)] = loss.item()
+        return gather_tokens(output.topk_idx, self._group)
 
     def finish(self) -> Run:
         """The run with its final parameters. Collective: yes, with a group."""
@@ -228,17 +244,17 @@ def train(
         batches = _draw_batches(corpus.train, config)
         for num_done in range(config.num_steps + 1):
             if config.is_look_due(num_done):
-                sharded.look_at_held_out(held_out[own])
+                choices = sharded.look_at_held_out(held_out[own])
                 if unsharded is not None:
-                    unsharded.look_at_held_out(held_out)
+                    unsharded.look_at_held_out(held_out, choices)
             if num_done == config.num_steps:
                 break
             batch = next(batches).to(device)
             # Rank 0 comes late, from the unsharded step; the clock must not run while the others wait.
             dist.barrier()
-            sharded.step(batch[own])
+            choices = sharded.step(batch[own])
             if unsharded is not None:
-                unsharded.step(batch)
+                unsharded.step(batch, choices)
                 on_step(_report(Runs(config=config, num_ranks=num_ranks, sharded=sharded.run, unsharded=unsharded.run)))
         sharded_run = sharded.finish()
     if unsharded is None:
