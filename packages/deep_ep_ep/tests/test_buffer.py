@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import ep_unit_buffer
+import ep_unit_calls
 import ep_unit_frameworks
 import pytest
 
@@ -136,7 +137,7 @@ def test_capture_and_the_size_hint_need_no_buffer():
 
 def test_worked_example_token_major(rank_pool):
     """Rank 0's token 0 goes to experts 0 and 1 here and 3 there, token 1 to 2 and 3 there, token 2 to none."""
-    sender, receiver = (told["token-major"] for told in rank_pool(2).run(ep_unit_buffer.worked_example))
+    sender, receiver = (told["token-major"] for told in rank_pool(2).run(ep_unit_calls.worked_example))
     assert sender == {
         "rows": [10],
         "topk_idx": [[0, -1, 1]],
@@ -175,7 +176,7 @@ def test_worked_example_token_major(rank_pool):
 
 def test_worked_example_expert_major(rank_pool):
     """Aligned to 4: expert 0's row is row 0, expert 1's rows start at row 4; the rest is padding, zeroed."""
-    sender, receiver = (told["expert-major"] for told in rank_pool(2).run(ep_unit_buffer.worked_example))
+    sender, receiver = (told["expert-major"] for told in rank_pool(2).run(ep_unit_calls.worked_example))
     assert sender == {
         "rows": [10, 0, 0, 0, 10, 0, 0, 0],
         "topk_idx": None,
@@ -255,7 +256,7 @@ def test_debug_output_comes_once_and_from_rank_0(rank_pool):
 
 
 def test_sm_count_flows_into_the_handle_and_stays(rank_pool):
-    for counts in rank_pool(2).run(ep_unit_buffer.sm_counts):
+    for counts in rank_pool(2).run(ep_unit_calls.sm_counts):
         assert counts["default"] == counts["model"]
         assert counts["asked"] == 6
         assert counts["no overlap"] >= 64
@@ -271,19 +272,19 @@ def test_published_sm_count_of_two_ranks(rank_pool):
 
 
 def test_no_graph_is_built_in_any_mode(rank_pool):
-    rank_pool(2).run(ep_unit_buffer.check_no_graph_is_built)
+    rank_pool(2).run(ep_unit_calls.check_no_graph_is_built)
 
 
 def test_events_of_asynchronous_calls(rank_pool):
-    rank_pool(2).run(ep_unit_buffer.check_events)
+    rank_pool(2).run(ep_unit_calls.check_events)
 
 
 def test_several_buffers_of_one_group(rank_pool):
-    rank_pool(2).run(ep_unit_buffer.check_several_buffers_of_one_group)
+    rank_pool(2).run(ep_unit_calls.check_several_buffers_of_one_group)
 
 
 def test_results_are_right_under_torchs_deterministic_algorithms(rank_pool):
-    rank_pool(2).run(ep_unit_buffer.check_torch_deterministic_mode)
+    rank_pool(2).run(ep_unit_calls.check_torch_deterministic_mode)
 
 
 # Four ranks, in one domain and in two
@@ -441,16 +442,16 @@ def test_no_more_qps_than_are_allocated(rank_pool):
 
 
 def test_barrier_takes_all_forms_of_its_arguments(rank_pool):
-    rank_pool(4).run(ep_unit_buffer.check_barrier_forms)
+    rank_pool(4).run(ep_unit_calls.check_barrier_forms)
 
 
 def test_barrier_waits_for_all_ranks(rank_pool):
-    rank_pool(4).run(ep_unit_buffer.check_barrier_waits_for_all)
+    rank_pool(4).run(ep_unit_calls.check_barrier_waits_for_all)
 
 
 def test_deterministic_changes_no_byte(rank_pool):
-    rank_pool(4).run(ep_unit_buffer.check_deterministic_is_the_same)
+    rank_pool(4).run(ep_unit_calls.check_deterministic_is_the_same)
 
 
 def test_subgroups_and_overlapping_groups(rank_pool):
-    rank_pool(4).run(ep_unit_buffer.check_groups)
+    rank_pool(4).run(ep_unit_calls.check_groups)

@@ -275,8 +275,11 @@ def _exchange_tokens(operation: Operation, args: DispatchArgs, plan: RoutingPlan
 
 def _as_words(rows: torch.Tensor) -> torch.Tensor:
     """The rows as 8-byte words: torch cannot index every dtype that may come, and wide elements are copied faster."""
-    # Through one axis: an empty tensor may be contiguous with strides that no view of another width accepts.
-    return rows.view(-1).view(torch.int64).view(len(rows), rows.size(1) * rows.element_size() // 8)
+    num_words = rows.size(1) * rows.element_size() // 8
+    if rows.numel() == 0:
+        # An empty tensor may count as contiguous with strides and an offset that no view of another width accepts.
+        return torch.empty(len(rows), num_words, dtype=torch.int64, device=rows.device)
+    return rows.view(-1).view(torch.int64).view(len(rows), num_words)
 
 
 def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
