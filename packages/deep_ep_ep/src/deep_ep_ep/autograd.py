@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 # The first custom operator imports this module. Should a process group exist by then, the module keeps it alive as a
-# default argument, and gloo's threads outlive `destroy_process_group`; so it comes in here, before most groups are made.
+# default argument, and gloo's threads outlive `destroy_process_group`; so it comes in here, before groups are made.
 import torch.distributed.nn.functional
 from torch import Tensor
 
