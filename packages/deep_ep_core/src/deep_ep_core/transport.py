@@ -409,7 +409,7 @@ def _describe_failure(
         elif rank != own.rank:
             lines.append(f"rank {rank} says nothing: it died, is still on its way, or is done and busy elsewhere")
     lines.append(f"the group's backend said: {str(cause).strip()}")
-    lines.append("look at that rank's own output first; a slow rank needs a longer timeout (num_cpu_timeout_secs of a buffer)")
+    lines.append("look at that rank's own output first; a slow rank needs a longer num_cpu_timeout_secs")
     return "; ".join(lines)
 
 
