@@ -160,7 +160,13 @@ def test_deadline_names_the_stuck_rank_and_shows_its_stack(capsys, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ranks_end_with_the_launcher(number, tmp_path):
     command = [sys.executable, "-m", "deep_ep_core.launch", "--ranks", "2", MISBEHAVE, str(tmp_path), "0", "hang"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+    # A test run in the background of a shell may inherit an ignored SIGINT; at a terminal it is not ignored.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as launcher:
         try:
             wait_for(lambda: len(list(tmp_path.glob("*.pids"))) == 2)
             launcher.send_signal(number)
