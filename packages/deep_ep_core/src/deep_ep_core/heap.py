@@ -1,0 +1,301 @@
+"""Owns a heap over memory that torch did not allocate, and whose regions are torch tensors until their last view dies.
+
+Reuse follows the streams, as with torch's own allocator: at once by a stream that used the region, by another one
+behind an event, and never outside the graph where a region was handed out during a capture. What the memory is, and
+whether peers reach it, is not known here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deep_ep_core.align import align_up
+from deep_ep_core.errors import ConfigError
+from deep_ep_core.free_ranges import Fence, FreeRange, FreeRanges
+from deep_ep_core.raw_tensor import tensor_over
+from deep_ep_core.stream_order import CudaStreamOrder, HostOrder, StreamOrder
+
+__all__ = ["Heap", "HeapFullError", "HeapStats"]
+
+# Capture of a region that can never be handed out again: no capture of CUDA's has this number.
+_LOST = -1
+
+
+class HeapFullError(ConfigError):
+    """A heap has no region that is large enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeapStats:
+    """What a heap is used for.
+
+    Attributes:
+        num_bytes: Size of the heap.
+        used_bytes: Bytes of regions that are handed out, alignment included.
+        peak_used_bytes: The most that ever were.
+        free_bytes: Bytes that any stream may have.
+        largest_free_bytes: Size of the largest such region.
+        graph_bytes: Bytes that are not handed out, but that graphs use when they are replayed.
+        num_regions: Regions that are handed out.
+    """
+
+    num_bytes: int
+    used_bytes: int
+    peak_used_bytes: int
+    free_bytes: int
+    largest_free_bytes: int
+    graph_bytes: int
+    num_regions: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Region:
+    """A region that is handed out, or on its way back."""
+
+    offset: int
+    num_bytes: int
+    capture: int | None
+    streams: set[int] = field(default_factory=set)
+    # By stream, once known; None until then.
+    fences: dict[int, Fence] | None = None
+
+
+class Heap:
+    """Hands out regions of some memory as tensors.
+
+    A region is free when no tensor shares its storage any more. Safe to use from several threads.
+
+    Args:
+        address: Begin of the memory, a multiple of `alignment`.
+        num_bytes: Its size.
+        device: Device that it is memory of.
+        memory: An object that owns the memory. It is referred to until this heap is closed and the last region is back.
+        alignment: Regions begin at multiples of this many bytes from the first, a power of two.
+        order: The device's streams; None takes them from the device.
+
+    Raises:
+        ConfigError: The address or the alignment is off.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        num_bytes: int,
+        device: torch.device,
+        memory: object,
+        *,
+        alignment: int = 256,
+        order: StreamOrder | None = None,
+    ) -> None:
+        if alignment < 1 or alignment & (alignment - 1) or address % alignment:
+            raise ConfigError(
+                f"a heap's alignment must be a power of two that divides its address (got {alignment}, {address:#x})"
+            )
+        self.device = device
+        self._address = address
+        self._num_bytes = num_bytes // alignment * alignment
+        self._alignment = alignment
+        self._memory: object | None = memory
+        if order is None:
+            order = CudaStreamOrder(device) if device.type == "cuda" else HostOrder()
+        self._order: StreamOrder = order
+        self._lock = threading.Lock()
+        self._free = FreeRanges(self._num_bytes)
+        self._regions: dict[int, _Region] = {}
+        self._used_bytes = self._peak_used_bytes = 0
+        # Regions whose last view died, and of those the ones without fences. A storage may die anywhere, also inside
+        # this class, so its death only adds to a queue.
+        self._returned: deque[_Region] = deque()
+        self._unfenced: list[_Region] = []
+        self._fence_lock = threading.Lock()
+        self._fence_numbers = itertools.count()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A new tensor in the heap, its values undefined.
+
+        Raises:
+            HeapFullError: No free region is large enough.
+            ConfigError: The heap is closed.
+
+        Stream: usable on the current stream, which may have to wait for others first. Collective: no.
+        """
+        tensor = self.try_empty(shape, dtype)
+        if tensor is None:
+            stats = self.stats()
+            raise HeapFullError(
+                f"the heap must have a free region of {math.prod(shape) * dtype.itemsize} bytes for {list(shape)} "
+                f"{dtype}, but of {stats.num_bytes} bytes {stats.used_bytes} are used by {stats.num_regions} tensors "
+                f"and {stats.graph_bytes} by graphs, and the largest free region has {stats.largest_free_bytes}; make "
+                "it larger, or drop tensors that are no longer needed"
+            )
+        return tensor
+
+    def try_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+        """`empty`, but None where no free region is large enough."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        # A tensor without elements gets a place too, so that every tensor has an offset.
+        region = self._allocate(max(align_up(num_bytes, self._alignment), self._alignment))
+        if region is None:
+            return None
+        # The memory is its owner: it must outlive this region even if the heap is closed before.
+        raw = tensor_over(
+            self._address + region.offset,
+            num_bytes or 1,
+            self.device,
+            owner=self._memory,
+            on_release=functools.partial(self._release, region),
+        )
+        elements = raw.view(dtype) if num_bytes else raw[:0].view(dtype)
+        return elements.view(tuple(shape))
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Offset of a tensor's first element from the heap's address, in bytes; None where it lies elsewhere."""
+        # Of the storage: a tensor without elements has no address.
+        storage_offset = tensor.untyped_storage().data_ptr() - self._address
+        if not 0 <= storage_offset < self._num_bytes:
+            return None
+        return storage_offset + int(tensor.storage_offset()) * tensor.element_size()
+
+    def record_stream(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Tell the heap that a stream uses a tensor of it, so that its region waits for that stream once it is free.
+
+        The stream that a tensor was made on, and the one that is current where its last view dies, count anyway.
+        `Tensor.record_stream` is no substitute: it does nothing for memory that is not torch's.
+
+        Raises:
+            ConfigError: The tensor does not live in this heap.
+        """
+        region = self._regions.get(tensor.untyped_storage().data_ptr() - self._address)
+        if region is None:
+            raise ConfigError(f"record_stream needs a tensor of this heap (got {list(tensor.shape)} {tensor.dtype})")
+        region.streams.add(stream.cuda_stream)
+
+    def stats(self) -> HeapStats:
+        """What the heap is used for now."""
+        with self._lock:
+            self._take_back()
+            free_bytes = [free.num_bytes for free in self._free if free.capture is None]
+            return HeapStats(
+                num_bytes=self._num_bytes,
+                used_bytes=self._used_bytes,
+                peak_used_bytes=self._peak_used_bytes,
+                free_bytes=sum(free_bytes),
+                largest_free_bytes=max(free_bytes, default=0),
+                graph_bytes=sum(free.num_bytes for free in self._free if free.capture is not None),
+                num_regions=len(self._regions),
+            )
+
+    def close(self) -> None:
+        """Hand out no more regions. Tensors that live stay valid; the memory goes with the last of them."""
+        with self._lock:
+            self._memory = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._memory is None
+
+    def _allocate(self, num_bytes: int) -> _Region | None:
+        with self._lock:
+            if self._memory is None:
+                raise ConfigError("the heap must be open to hand out tensors, but it is closed; make a new one")
+            self._take_back()
+            stream = self._order.current()
+            capture = self._order.capture_of(stream)
+            found = self._free.take(num_bytes, functools.partial(self._cost, stream=stream, capture=capture))
+            if found is None:
+                return None
+            for other, fence in found.fences.items():
+                if other != stream:
+                    self._order.wait(stream, fence.event)
+            region = _Region(offset=found.offset, num_bytes=num_bytes, capture=capture, streams={stream})
+            self._regions[region.offset] = region
+            self._used_bytes += num_bytes
+            self._peak_used_bytes = max(self._peak_used_bytes, self._used_bytes)
+            return region
+
+    def _cost(self, free: FreeRange, *, stream: int, capture: int | None) -> int | None:
+        """0 for a range that a stream may have at once, 1 for one that it must wait for, None for one out of reach."""
+        if free.capture is not None:
+            if free.capture != capture:
+                return None
+            return int(any(other != stream for other in free.fences))
+        if capture is not None:
+            # A graph is replayed on any stream and cannot wait for what came before it, so nothing may be under way.
+            self._drop_done(free, keep=None)
+            return None if free.fences else 0
+        self._drop_done(free, keep=stream)
+        return int(any(other != stream for other in free.fences))
+
+    def _drop_done(self, free: FreeRange, *, keep: int | None) -> None:
+        """Forget the fences that are passed; the one of stream `keep` is not looked at."""
+        for other, fence in list(free.fences.items()):
+            if other != keep and self._order.is_done(fence.event):
+                del free.fences[other]
+
+    def _release(self, region: _Region) -> None:
+        """The last view of a region died. Runs in any thread, between any two steps of it."""
+        if self.is_closed:
+            return
+        # The stream that is current here has probably used the tensor; not all users tell.
+        region.streams.add(self._order.current())
+        # Fences are numbered in the order of their events. Whoever cannot have the lock leaves that to `_take_back`.
+        if self._fence_lock.acquire(blocking=False):
+            try:
+                self._fence(region)
+            finally:
+                self._fence_lock.release()
+        self._returned.append(region)
+
+    def _fence(self, region: _Region) -> None:
+        """Record where the streams of a region stand, if that is possible now."""
+        captures = {self._order.capture_of(stream) for stream in region.streams}
+        if captures != {region.capture}:
+            if region.capture is None:
+                # A stream is captured at present, and an event of it would become part of the graph.
+                return
+            # Its capture is over, or another stream joined in: no stream can be told to wait for it.
+            region.capture = _LOST
+            region.fences = {}
+            return
+        fences = {}
+        for stream in region.streams:
+            event = self._order.record(stream)
+            fences[stream] = Fence(next(self._fence_numbers), event)
+        region.fences = fences
+
+    def _take_back(self) -> None:
+        """Make the regions whose views died free again, where it is known behind which fences."""
+        while self._returned:
+            self._unfenced.append(self._returned.popleft())
+        if not self._unfenced:
+            return
+        for region in self._unfenced:
+            if region.fences is None:
+                with self._fence_lock:
+                    self._fence(region)
+        ready = [region for region in self._unfenced if region.fences is not None]
+        self._unfenced = [region for region in self._unfenced if region.fences is None]
+        for region in ready:
+            del self._regions[region.offset]
+            self._used_bytes -= region.num_bytes
+            self._free.put(
+                FreeRange(
+                    offset=region.offset,
+                    num_bytes=region.num_bytes,
+                    capture=region.capture,
+                    fences=region.fences or {},
+                )
+            )
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else f"{self._used_bytes} used"
+        return f"Heap({self._num_bytes} bytes, {state}, {self.device})"
