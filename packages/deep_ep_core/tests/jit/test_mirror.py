@@ -65,7 +65,7 @@ def test_swapped_members_are_found(real_compiler: Compiler, toy: ModuleType) -> 
     fields = list(scale_fields(toy))
     fields[0], fields[3] = fields[3], fields[0]
     log = compile_mirror(real_compiler, toy, params_struct(tuple(fields)))
-    assert "__builtin_offsetof(toy::ScaleParams, num_arrived) == 0" in log
+    assert "ScaleParams, num_arrived) == 0" in log
 
 
 def test_member_that_hides_in_padding_is_found(real_compiler: Compiler, toy: ModuleType, tmp_path: Path) -> None:

@@ -39,14 +39,14 @@ class Loader:
 
 
 @pytest.fixture
-def torch_version(monkeypatch):
-    """Sets the version that torch says it calls."""
+def torchs_path(monkeypatch):
+    """Sets the file of the NCCL that torch is linked with."""
 
-    def set_version(version: int | None) -> None:
-        monkeypatch.setattr(library_module, "_torch_nccl_version", lambda: version)
+    def set_path(path: str | None) -> None:
+        monkeypatch.setattr(library_module, "_torchs_nccl_path", lambda: path)
 
-    set_version(None)
-    return set_version
+    set_path(None)
+    return set_path
 
 
 def test_only_libnccl_itself_counts_as_loaded():
@@ -60,26 +60,26 @@ def test_a_path_with_spaces_is_kept_whole():
     assert mapped_libraries(line) == ("/my files/libnccl.so.2",)
 
 
-def test_the_loaded_library_is_taken_and_not_loaded_again(torch_version):
+def test_the_loaded_library_is_taken_and_not_loaded_again(torchs_path):
     loader = Loader({FIRST_PATH: 23007, "/elsewhere/lib/libnccl.so.2": 23203})
     found = find_nccl(MAPS, root_dir=Path("/elsewhere"), suppress_check=False, open_library=loader)
     assert (found.version, found.path) == (23007, FIRST_PATH)
     assert [mode & os.RTLD_NOLOAD for _, mode in loader.calls] == [os.RTLD_NOLOAD]
 
 
-def test_a_loaded_library_whose_file_was_replaced_is_found_by_its_own_name(torch_version):
+def test_a_loaded_library_whose_file_was_replaced_is_found_by_its_own_name(torchs_path):
     maps_text = "7f10-7f20 r-xp 00000000 fd:00 101  /opt/libnccl.so.2 (deleted)"
     found = find_nccl(maps_text, root_dir=None, suppress_check=False, open_library=Loader({"libnccl.so.2": 23007}))
     assert found.path == "/opt/libnccl.so.2 (deleted)"
 
 
-def test_where_none_is_loaded_the_given_installation_is_loaded(torch_version):
+def test_where_none_is_loaded_the_given_installation_is_loaded(torchs_path):
     loader = Loader({"/given/lib/libnccl.so.2": 23203, "libnccl.so.2": 23007})
     found = find_nccl("", root_dir=Path("/given"), suppress_check=False, open_library=loader)
     assert (found.version, found.found_via) == (23203, "EP_NCCL_ROOT_DIR")
 
 
-def test_where_none_is_loaded_or_given_the_wheel_comes_before_the_system(torch_version, monkeypatch, tmp_path):
+def test_where_none_is_loaded_or_given_the_wheel_comes_before_the_system(torchs_path, monkeypatch, tmp_path):
     wheel = str(tmp_path / "lib" / "libnccl.so.2")
     monkeypatch.setattr(library_module, "site_folders", lambda package, names: iter([tmp_path]))
     both, system = Loader({wheel: 23203, "libnccl.so.2": 23007}), Loader({"libnccl.so.2": 23007})
@@ -87,7 +87,7 @@ def test_where_none_is_loaded_or_given_the_wheel_comes_before_the_system(torch_v
     assert find_nccl("", root_dir=None, suppress_check=False, open_library=system).found_via == "the system"
 
 
-def test_a_missing_library_is_one_line_that_says_where_it_was_looked_for(torch_version):
+def test_a_missing_library_is_one_line_that_says_where_it_was_looked_for(torchs_path):
     with pytest.raises(TransportError) as caught:
         find_nccl("", root_dir=Path("/given"), suppress_check=False, open_library=Loader({}))
     message = str(caught.value)
@@ -96,7 +96,7 @@ def test_a_missing_library_is_one_line_that_says_where_it_was_looked_for(torch_v
     assert "NCCL 2.30.4 or newer must be installed" in message
 
 
-def test_a_library_that_is_too_old_is_refused_with_both_versions_and_its_path(torch_version):
+def test_a_library_that_is_too_old_is_refused_with_both_versions_and_its_path(torchs_path):
     with pytest.raises(TransportError) as caught:
         find_nccl(MAPS, root_dir=None, suppress_check=False, open_library=Loader({FIRST_PATH: 22809}))
     message = str(caught.value)
@@ -105,12 +105,12 @@ def test_a_library_that_is_too_old_is_refused_with_both_versions_and_its_path(to
     assert caught.value.call == "ncclGetVersion"
 
 
-def test_the_oldest_supported_version_is_taken(torch_version):
+def test_the_oldest_supported_version_is_taken(torchs_path):
     loader = Loader({FIRST_PATH: 23004})
     assert find_nccl(MAPS, root_dir=None, suppress_check=False, open_library=loader).version == 23004
 
 
-def test_two_libraries_are_refused_with_both_paths_and_versions(torch_version):
+def test_two_libraries_are_refused_with_both_paths_and_versions(torchs_path):
     loader = Loader({FIRST_PATH: 23007, SECOND_PATH: 22809})
     with pytest.raises(TransportError, match="must load one NCCL") as caught:
         find_nccl(MAPS + SECOND, root_dir=None, suppress_check=False, open_library=loader)
@@ -118,31 +118,31 @@ def test_two_libraries_are_refused_with_both_paths_and_versions(torch_version):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "path"), [(23203, SECOND_PATH), (23007, FIRST_PATH), (None, FIRST_PATH)])
-def test_of_two_libraries_that_were_allowed_torchs_is_used(torch_version, version, path):
-    torch_version(version)
+@pytest.mark.parametrize(("torchs", "path"), [(SECOND_PATH, SECOND_PATH), (FIRST_PATH, FIRST_PATH), (None, FIRST_PATH)])
+def test_of_two_libraries_that_were_allowed_torchs_is_used(torchs_path, torchs, path):
+    torchs_path(torchs)
     loader = Loader({FIRST_PATH: 23007, SECOND_PATH: 23203})
     with pytest.warns(RuntimeWarning, match="must load one NCCL"):
         found = find_nccl(MAPS + SECOND, root_dir=None, suppress_check=True, open_library=loader)
     assert found.path == path
 
 
-def test_the_check_of_the_version_can_be_softened_to_a_warning(torch_version):
+def test_the_check_of_the_version_can_be_softened_to_a_warning(torchs_path):
     loader = Loader({FIRST_PATH: 22809})
     with pytest.warns(RuntimeWarning, match=r"2\.30\.4 or newer \(got 2\.28\.9"):
         assert find_nccl(MAPS, root_dir=None, suppress_check=True, open_library=loader).version == 22809
 
 
-def test_a_library_is_torchs_only_if_it_was_loaded_and_has_torchs_version(torch_version):
+def test_a_library_is_torchs_only_if_torch_is_linked_with_it(torchs_path):
     def find(maps_text: str):
         loader = Loader({FIRST_PATH: 23007, "libnccl.so.2": 23007, "/given/lib/libnccl.so.2": 23007})
         return find_nccl(maps_text, root_dir=Path("/given"), suppress_check=False, open_library=loader)
 
-    torch_version(23007)
+    torchs_path(FIRST_PATH)
     assert find(MAPS).is_torchs
     # Torch may have a copy of its own inside itself: then the one that is loaded here is another.
     assert not find("").is_torchs
-    torch_version(22703)
+    torchs_path(SECOND_PATH)
     assert not find(MAPS).is_torchs
 
 

@@ -30,6 +30,14 @@ __all__ = ["layout_asserts", "mirror_source"]
 
 Struct = type[ConfigStruct] | type[ParamsStruct]
 
+# A macro, since a member's name is no value. NVRTC learnt the usual word for it only after 13.0; it has always
+# known that of its front end, which the host compiler behind nvcc does not know.
+_OFFSETOF_SOURCE = """#ifdef __CUDACC_RTC__
+#define DEEP_EP_CORE_OFFSETOF(type, member) __INTADDR__(&((type*)0)->member)
+#else
+#define DEEP_EP_CORE_OFFSETOF(type, member) __builtin_offsetof(type, member)
+#endif"""
+
 
 def layout_asserts(params_type: type[ParamsStruct]) -> str:
     """The `static_assert`s that hold a parameter struct's layout against its Python mirror, nested structs included.
@@ -37,7 +45,7 @@ def layout_asserts(params_type: type[ParamsStruct]) -> str:
     They need no standard header, so that both compilers take them.
     """
     structs = (struct for struct in _with_nested([params_type]) if issubclass(struct, ParamsStruct))
-    return "\n".join(line for struct in structs for line in _layout_lines(struct)) + "\n"
+    return "\n".join([_OFFSETOF_SOURCE, *(line for struct in structs for line in _layout_lines(struct))]) + "\n"
 
 
 def mirror_source(header: str, structs: Sequence[Struct]) -> str:
@@ -51,7 +59,7 @@ def mirror_source(header: str, structs: Sequence[Struct]) -> str:
         header: The header that declares the structs, as it stands between the angle brackets of an `#include`.
         structs: The mirrors.
     """
-    blocks = [f"#include <{header}>\n", _KIND_SOURCE]
+    blocks = [f"#include <{header}>\n", _OFFSETOF_SOURCE, _KIND_SOURCE]
     for struct_idx, struct in enumerate(_with_nested(structs)):
         if issubclass(struct, ConfigStruct):
             lines, num_members = _config_lines(struct), len(dataclasses.fields(struct))
@@ -127,7 +135,7 @@ def _layout_lines(struct: type[ParamsStruct]) -> Iterator[str]:
     yield _assert_line(f"alignof({name})", ctypes.alignment(struct))
     for field in struct._fields_:
         descriptor = getattr(struct, field[0])
-        yield _assert_line(f"__builtin_offsetof({name}, {field[0]})", descriptor.offset)
+        yield _assert_line(f"DEEP_EP_CORE_OFFSETOF({name}, {field[0]})", descriptor.offset)
         yield _assert_line(f"sizeof({name}::{field[0]})", descriptor.size)
 
 

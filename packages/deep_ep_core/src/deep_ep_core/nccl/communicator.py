@@ -282,7 +282,8 @@ class Communicator:
         if not self.properties.has_device_api:
             raise TransportError(
                 f"NCCL must be able to register windows, but says on {self.where} that it cannot; the GPUs of a node "
-                "must reach each other (peer access), and NCCL_CUMEM_ENABLE and NCCL_WIN_ENABLE must not be 0",
+                "must reach each other (peer access), several nodes need a network that GIN can use, and "
+                "NCCL_CUMEM_ENABLE and NCCL_WIN_ENABLE must not be 0",
                 call="ncclCommQueryProperties",
             )
 

@@ -178,7 +178,7 @@ class NcclLibrary:
     @property
     def is_torchs(self) -> bool:
         """Whether torch calls this very library, so that its communicators can be used with it."""
-        return self.found_via == _LOADED and _torch_nccl_version() == self.version
+        return self.found_via == _LOADED and _torchs_nccl_path() == self.path
 
     def check_headers(self, version: tuple[int, int, int], found_via: str) -> None:
         """Refuse headers that kernels would be compiled with, but that are not of this library's version.
@@ -240,7 +240,7 @@ def find_nccl(
     """
     loaded = [_open_mapped(path, open_library) for path in mapped_libraries(maps_text)]
     if loaded:
-        library = next((found for found in loaded if found.version == _torch_nccl_version()), loaded[0])
+        library = next((found for found in loaded if found.path == _torchs_nccl_path()), loaded[0])
     else:
         library = _open_first(root_dir, open_library)
     if len(loaded) > 1:
@@ -306,14 +306,35 @@ def version_text(version: int) -> str:
 
 
 @functools.cache
-def _torch_nccl_version() -> int | None:
-    """The version of the NCCL that torch calls; None where it has none."""
+class _SymbolInfo(ctypes.Structure):
+    """`Dl_info` of dladdr(3)."""
+
+    _fields_ = [
+        ("file_name", ctypes.c_char_p),
+        ("file_base", ctypes.c_void_p),
+        ("symbol_name", ctypes.c_char_p),
+        ("symbol_address", ctypes.c_void_p),
+    ]
+
+
+def _torchs_nccl_path() -> str | None:
+    """The file of the NCCL that torch is linked with; None where it has none, or a copy inside itself.
+
+    The version that torch reports is no help: it is that of the headers it was built with.
+    """
+    torch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
     try:
-        version = torch.cuda.nccl.version()
-    except (AttributeError, RuntimeError):
-        # Torch was built without CUDA, or without NCCL.
+        # Looks a name up as torch's own calls do: in this library first, then in those that it needs.
+        address = ctypes.cast(
+            ctypes.CDLL(str(torch_cuda), mode=os.RTLD_NOLOAD | os.RTLD_LAZY).ncclGetVersion, ctypes.c_void_p
+        )
+    except (OSError, AttributeError):
         return None
-    return int(version[0] * 10000 + version[1] * 100 + version[2])
+    info = _SymbolInfo()
+    if not ctypes.CDLL(None).dladdr(address, ctypes.byref(info)) or not info.file_name:
+        return None
+    path = os.path.realpath(os.fsdecode(info.file_name))
+    return None if path == os.path.realpath(torch_cuda) else path
 
 
 def _refuse(problem: str, error: Exception, suppress_check: bool) -> None:
