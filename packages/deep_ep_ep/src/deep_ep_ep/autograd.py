@@ -26,6 +26,7 @@ from torch import Tensor
 from deep_ep_core.errors import ConfigError
 from deep_ep_ep.buffer import ElasticBuffer, live_buffer
 from deep_ep_ep.handle import EPHandle, RoutingPlan
+from deep_ep_ep.routing import align_up_tensor
 from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 
 __all__ = ["Combined", "Dispatched", "Routing", "combine", "dispatch"]
@@ -93,8 +94,12 @@ class Routing:
 
     def to_handle(self) -> EPHandle:
         """The same routing as an `EPHandle`, for calls of the buffer itself."""
-        return _to_handle(
-            self.tensors,
+        return _to_handle(self.tensors, *self._settings)
+
+    @property
+    def _settings(self) -> tuple[int, int, int, int, bool]:
+        """The numbers that operators take beside the tensors, in their order."""
+        return (
             self.buffer_id,
             self.num_experts,
             self.num_max_tokens_per_rank,
@@ -225,19 +230,12 @@ def combine(
             f"handle must come from a dispatch of this buffer (got one of another, on rank {buffer.rank_idx}); "
             "use the buffer that made it"
         )
-    settings = (
-        handle.buffer_id,
-        handle.num_experts,
-        handle.num_max_tokens_per_rank,
-        handle.expert_alignment,
-        handle.do_expand,
-    )
     combined_x, combined_weights = torch.ops.deep_ep_ep.combine(
         x.contiguous(),
         None if topk_weights is None else topk_weights.contiguous(),
         None if bias is None else bias.contiguous(),
         list(handle.tensors),
-        *settings,
+        *handle._settings,
     )
     return Combined(x=combined_x, topk_weights=None if topk_weights is None else combined_weights)
 
@@ -322,9 +320,7 @@ def _rows_without_token(handle: EPHandle, num_rows: int) -> Tensor | None:
     if handle.was_cpu_synced:
         return None
     if handle.do_expand:
-        num_real = handle.num_unaligned_recv_tokens_per_expert.long()
-        alignment = handle.expert_alignment
-        end = ((num_real + alignment - 1) // alignment * alignment).sum()
+        end = align_up_tensor(handle.num_unaligned_recv_tokens_per_expert.long(), handle.expert_alignment).sum()
     else:
         end = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
     return torch.arange(num_rows, device=end.device) >= end
@@ -517,62 +513,67 @@ def _(
 # Gradients
 
 
-def _grad_or_zeros(grad: Tensor | None, like: tuple[torch.Size, torch.dtype, torch.device]) -> Tensor:
-    """A rank may have no use for a result that others use; it must still take part, with zeros."""
-    shape, dtype, device = like
-    return torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
+def _remember(
+    ctx: Any, results: tuple[Tensor, Tensor | None], routing: Sequence[Tensor], settings: Sequence[Any]
+) -> None:
+    """Keep what every backward pass needs: what its incoming gradients look like, and the routing."""
+    ctx.like = [None if result is None else (result.shape, result.dtype, result.device) for result in results]
+    ctx.settings = settings
+    ctx.num_routing = len(routing)
+    ctx.save_for_backward(*routing)
 
 
-def _facts(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _incoming(ctx: Any, grads: tuple[Tensor | None, Tensor | None]) -> list[Any]:
+    """The gradients of rows and weights, contiguous; None where the forward pass had no weights.
+
+    A rank may have no use for a result that others use; it must still take part, with zeros.
+    """
+    incoming: list[Any] = []
+    for grad, like in zip(grads, ctx.like, strict=True):
+        if like is not None and grad is None:
+            shape, dtype, device = like
+            incoming.append(torch.zeros(shape, dtype=dtype, device=device))
+        else:
+            incoming.append(None if like is None or grad is None else grad.contiguous())
+    return incoming
+
+
+def _combine_grads(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The backward pass of either dispatch: rows and weights go back to their tokens."""
+    rows, weights = _incoming(ctx, (grads[0], grads[1]))
+    back_x, back_weights = torch.ops.deep_ep_ep.combine(rows, weights, None, list(ctx.saved_tensors), *ctx.settings)
+    return back_x, None if weights is None else back_weights
 
 
 def _set_up_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, topk_idx, topk_weights, *settings, _ = inputs
-    ctx.settings = settings
-    ctx.x_facts = _facts(output[0])
-    ctx.weights_facts = None if topk_weights is None else _facts(output[2])
-    ctx.save_for_backward(topk_idx, *output[3:])
+    _remember(ctx, (output[0], None if topk_weights is None else output[2]), (topk_idx, *output[3:]), settings)
 
 
 def _back_dispatch(ctx: Any, grad_x: Tensor | None, _: Any, grad_weights: Tensor | None, *__: Any) -> tuple[Any, ...]:
-    rows = _grad_or_zeros(grad_x, ctx.x_facts)
-    weights = None if ctx.weights_facts is None else _grad_or_zeros(grad_weights, ctx.weights_facts)
-    back_x, back_weights = torch.ops.deep_ep_ep.combine(rows, weights, None, list(ctx.saved_tensors), *ctx.settings)
-    return back_x, None, None if weights is None else back_weights, *[None] * (len(ctx.settings) + 1)
+    back_x, back_weights = _combine_grads(ctx, grad_x, grad_weights)
+    return back_x, None, back_weights, *[None] * (len(ctx.settings) + 1)
 
 
 def _set_up_cached(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, topk_weights, routing, _, *settings = inputs
-    ctx.settings = settings
-    ctx.x_facts = _facts(output[0])
-    ctx.weights_facts = None if topk_weights is None else _facts(output[1])
-    ctx.num_routing = len(routing)
-    ctx.save_for_backward(*routing)
+    _remember(ctx, (output[0], None if topk_weights is None else output[1]), routing, settings)
 
 
 def _back_cached(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple[Any, ...]:
-    rows = _grad_or_zeros(grad_x, ctx.x_facts)
-    weights = None if ctx.weights_facts is None else _grad_or_zeros(grad_weights, ctx.weights_facts)
-    back_x, back_weights = torch.ops.deep_ep_ep.combine(rows, weights, None, list(ctx.saved_tensors), *ctx.settings)
-    no_grads = [None] * (len(ctx.settings) + 1)
-    return back_x, None if weights is None else back_weights, [None] * ctx.num_routing, *no_grads
+    back_x, back_weights = _combine_grads(ctx, grad_x, grad_weights)
+    return back_x, back_weights, [None] * ctx.num_routing, *[None] * (len(ctx.settings) + 1)
 
 
 def _set_up_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, topk_weights, bias, routing, *settings = inputs
-    ctx.settings = settings
     ctx.num_rows = x.size(0)
-    ctx.x_facts = _facts(output[0])
-    ctx.weights_facts = None if topk_weights is None else _facts(output[1])
     ctx.has_bias = bias is not None
-    ctx.num_routing = len(routing)
-    ctx.save_for_backward(*routing)
+    _remember(ctx, (output[0], None if topk_weights is None else output[1]), routing, settings)
 
 
 def _back_combine(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) -> tuple[Any, ...]:
-    rows = _grad_or_zeros(grad_x, ctx.x_facts)
-    weights = None if ctx.weights_facts is None else _grad_or_zeros(grad_weights, ctx.weights_facts)
+    rows, weights = _incoming(ctx, (grad_x, grad_weights))
     sent_x, sent_weights = torch.ops.deep_ep_ep.dispatch_cached(
         rows, weights, list(ctx.saved_tensors), ctx.num_rows, *ctx.settings
     )

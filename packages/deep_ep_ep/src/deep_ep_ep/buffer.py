@@ -31,6 +31,7 @@ from deep_ep_ep.collective import OPERATIONS, CollectiveBackend
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.sizing import (
     BUFFER_ALIGNMENT_BYTES,
+    RECORD_ALIGNMENT_BYTES,
     BufferShape,
     buffer_size_hint,
     combine_buffer_bytes,
@@ -55,7 +56,6 @@ topk_idx_t = torch.int64
 
 _DEFAULT_NUM_QPS_DIRECT = 17
 _DEFAULT_NUM_QPS_HYBRID = 129
-_RECORD_ALIGNMENT_BYTES = 32
 
 _buffer_ids = itertools.count(1)
 # Operators name a buffer by its number; the buffer lives as long as its owner keeps it.
@@ -204,17 +204,14 @@ class ElasticBuffer:
         self._physical = detect_topology(self.group, timeout_s=float(num_cpu_timeout_secs))
         self._topology = _logical(self._physical, self.allow_hybrid_mode)
         if num_bytes is None:
-            num_bytes = buffer_size_hint(
-                BufferShape(
-                    num_scaleout_ranks=self.num_scaleout_ranks,
-                    num_scaleup_ranks=self.num_scaleup_ranks,
-                    is_scaleup_nvlink=self.num_scaleup_ranks == self.num_nvlink_ranks,
-                    num_max_tokens_per_rank=num_max_tokens_per_rank,
-                    hidden=hidden,
-                    num_topk=num_topk,
-                    use_fp8_dispatch=bool(use_fp8_dispatch),
-                    allow_multiple_reduction=self.allow_multiple_reduction,
-                )
+            num_bytes = self.get_buffer_size_hint(
+                self.group,
+                num_max_tokens_per_rank,
+                hidden,
+                num_topk=num_topk,
+                use_fp8_dispatch=use_fp8_dispatch,
+                allow_hybrid_mode=self.allow_hybrid_mode,
+                allow_multiple_reduction=self.allow_multiple_reduction,
             )
         self.num_bytes = num_bytes
         has_cuda = torch.cuda.is_available()
@@ -503,7 +500,8 @@ class ElasticBuffer:
             previous_event: Start after this instead of after the current stream; needs `allocate_on_comm_stream`.
             previous_event_before_epilogue: The last, local step waits for this.
             async_with_compute_stream: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Results come from the communication stream's memory pool.
+            allocate_on_comm_stream: Allow `previous_event`; results come from the communication stream's memory pool in
+                either case.
             handle: Repeat the routing of this earlier dispatch: nothing is counted again, and `x` may have another
                 hidden size or dtype.
             do_handle_copy: Keep a copy of `topk_idx` in the handle rather than the caller's tensor.
@@ -699,7 +697,7 @@ class ElasticBuffer:
 
     def _shape(self, num_max_tokens_per_rank: int, row_bytes: int, num_topk: int, num_sf_packs: int) -> BufferShape:
         """The size of one call; rows count as two-byte elements, whatever their dtype."""
-        padded_bytes = align_up(row_bytes, _RECORD_ALIGNMENT_BYTES)
+        padded_bytes = align_up(row_bytes, RECORD_ALIGNMENT_BYTES)
         return BufferShape(
             num_scaleout_ranks=self.num_scaleout_ranks,
             num_scaleup_ranks=self.num_scaleup_ranks,

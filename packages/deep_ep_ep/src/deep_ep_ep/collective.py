@@ -10,22 +10,20 @@ from dataclasses import dataclass
 
 import torch
 
-from deep_ep_core.align import align_up
 from deep_ep_core.stream import CommScope
 from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport, Operation, Rows
 from deep_ep_ep.backend import CombineResult, DispatchResult
 from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs, check_topk_values
 from deep_ep_ep.handle import EPHandle, RoutingPlan
+from deep_ep_ep.quant import new_tma_aligned_col_major
 from deep_ep_ep.reduction import reduce_at_source, sum_rows_in_order
-from deep_ep_ep.routing import layout_experts, local_expert_idx, route_tokens
+from deep_ep_ep.routing import align_up_tensor, layout_experts, local_expert_idx, route_tokens
 from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 
 __all__ = ["OPERATIONS", "CollectiveBackend"]
 
 OPERATIONS = ("open", "barrier", "dispatch", "combine")
-# The last dimension of a column-major scale tensor starts at multiples of 16 bytes, four packs.
-_SF_COLUMN_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -294,8 +292,7 @@ def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
 def _place_sf(args: DispatchArgs, sf: torch.Tensor, num_rows: int, row_idx: torch.Tensor | None = None) -> torch.Tensor:
     """Put scale rows at `row_idx` (None: at the head) of an output in the layout that was asked for."""
     if args.use_tma_aligned_col_major_sf:
-        column_stride = align_up(num_rows, _SF_COLUMN_ALIGNMENT)
-        out = torch.empty_strided((num_rows, sf.size(1)), (1, column_stride), dtype=sf.dtype, device=sf.device)
+        out = new_tma_aligned_col_major(sf, num_rows)
     else:
         out = sf.new_empty(num_rows, sf.size(1))
     if row_idx is None:
@@ -338,8 +335,7 @@ def _lay_out_by_expert(
 
 def _padding_rows(handle: EPHandle, dst_row: torch.Tensor) -> torch.Tensor:
     """Rows between an expert's last real row and the next expert's first; not the tail past the last expert."""
-    num_real = handle.num_unaligned_recv_tokens_per_expert.long()
-    num_aligned = (num_real + handle.expert_alignment - 1) // handle.expert_alignment * handle.expert_alignment
+    num_aligned = align_up_tensor(handle.num_unaligned_recv_tokens_per_expert.long(), handle.expert_alignment)
     is_gap = torch.ones(int(num_aligned.sum()), dtype=torch.bool, device=dst_row.device)
     is_gap[dst_row] = False
     return is_gap.nonzero()[:, 0]

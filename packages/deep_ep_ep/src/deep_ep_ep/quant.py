@@ -19,6 +19,7 @@ __all__ = [
     "ScaleFormat",
     "cast_from_fp8",
     "cast_to_fp8",
+    "new_tma_aligned_col_major",
     "pack_ue8m0",
     "to_tma_aligned_col_major",
     "unpack_ue8m0",
@@ -231,11 +232,25 @@ def to_tma_aligned_col_major(scales: Tensor) -> Tensor:
         raise ConfigError(
             f"scales must be [num_tokens, num_packs] float32 or int32 (got {list(scales.shape)} {scales.dtype})"
         )
-    num_tokens, num_packs = scales.shape
+    return new_tma_aligned_col_major(scales, scales.size(0)).copy_(scales.detach())
+
+
+def new_tma_aligned_col_major(like: Tensor, num_tokens: int) -> Tensor:
+    """A tensor of zeros in the layout of `to_tma_aligned_col_major`, to be filled.
+
+    Args:
+        like: `[any, num_packs]` of 4-byte elements: gives `num_packs`, dtype and device.
+        num_tokens: Rows of the new tensor.
+
+    Returns:
+        `[num_tokens, num_packs]` with strides `(1, ceil4(num_tokens))`; its storage holds the padding after every
+        column, the last included.
+    """
+    num_packs = like.size(1)
     column_packs = align_up(num_tokens, _PACKS_PER_16_BYTES)
-    storage = scales.new_zeros(num_packs * column_packs)
+    storage = like.new_zeros(num_packs * column_packs)
     # Not `.t()[:num_tokens]`: torch would choose other strides where a dimension is 0 or 1.
-    return storage.as_strided((num_tokens, num_packs), (1, column_packs)).copy_(scales.detach())
+    return storage.as_strided((num_tokens, num_packs), (1, column_packs))
 
 
 def _check_group_size(group_size: int) -> None:

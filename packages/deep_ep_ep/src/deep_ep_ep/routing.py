@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ExpertLayout", "SendRouting", "last_of_each_group", "layout_experts", "local_expert_idx", "route_tokens"]
+__all__ = [
+    "ExpertLayout",
+    "SendRouting",
+    "align_up_tensor",
+    "last_of_each_group",
+    "layout_experts",
+    "local_expert_idx",
+    "route_tokens",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,6 +19,7 @@ from deep_ep_core.errors import ConfigError
 __all__ = [
     "BUFFER_ALIGNMENT_BYTES",
     "MAX_NUM_TOPK",
+    "RECORD_ALIGNMENT_BYTES",
     "BufferShape",
     "buffer_size_hint",
     "combine_buffer_bytes",
@@ -35,7 +36,9 @@ BUFFER_ALIGNMENT_BYTES = 2 * 1024 * 1024
 MAX_NUM_TOPK = 32
 """Most top-k choices per token, and what a shape with an unknown number is sized for."""
 
-_RECORD_ALIGNMENT_BYTES = 32
+RECORD_ALIGNMENT_BYTES = 32
+"""Each section of a token's record in the buffer starts at a multiple of this."""
+
 _WORD_BYTES = 4
 _BF16_BYTES = 2
 # The finest scales that a size hint provides for: one 4-byte pack for 32 channels.
@@ -262,7 +265,7 @@ def _hybrid_tokens_per_node(shape: BufferShape) -> int:
 
 
 def _record_section_bytes(num_words: int) -> int:
-    return align_up(_WORD_BYTES * num_words, _RECORD_ALIGNMENT_BYTES)
+    return align_up(_WORD_BYTES * num_words, RECORD_ALIGNMENT_BYTES)
 
 
 def _check_at_least(name: str, value: int, minimum: int) -> None:
@@ -271,8 +274,8 @@ def _check_at_least(name: str, value: int, minimum: int) -> None:
 
 
 def _check_payload_bytes(payload_bytes: int) -> None:
-    if payload_bytes < _RECORD_ALIGNMENT_BYTES or payload_bytes % _RECORD_ALIGNMENT_BYTES:
+    if payload_bytes < RECORD_ALIGNMENT_BYTES or payload_bytes % RECORD_ALIGNMENT_BYTES:
         raise ConfigError(
-            f"the payload of a token must be a positive multiple of {_RECORD_ALIGNMENT_BYTES} bytes "
+            f"the payload of a token must be a positive multiple of {RECORD_ALIGNMENT_BYTES} bytes "
             f"(got {payload_bytes}); pad hidden, to a multiple of 16 for bfloat16 or of 32 for FP8"
         )
