@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from deep_ep_core.local import RankPool
+    from deep_ep_core.local.config import Device
 
 # Each rank holds torch in memory.
 _MAX_LIVE_POOLS = 2
+# And a GPU pool may hold a server on the GPUs that serves no other pool's ranks.
+_MAX_LIVE_GPU_POOLS = 1
 
 
-class RankPools(Protocol):
-    """The `rank_pool` fixture: gives a usable pool of that shape, the same one as before where it can."""
+class RankPools:
+    """The rank pools of one kind; called with a shape, gives a usable pool, the same one as before where it can."""
 
-    def __call__(self, num_ranks: int, num_nodes: int = 1) -> RankPool: ...
+    def __init__(self, device: Device, max_live: int) -> None:
+        self._device = device
+        self._max_live = max_live
+        # The most recently used pool is last.
+        self._pools: dict[tuple[int, int], RankPool] = {}
+
+    def __call__(self, num_ranks: int, num_nodes: int = 1) -> RankPool:
+        from deep_ep_core.local import RankPool
+
+        shape = (num_ranks, num_nodes)
+        pool = self._pools.pop(shape, None)
+        if pool is None:
+            while len(self._pools) >= self._max_live:
+                self._pools.pop(next(iter(self._pools))).close()
+            pool = RankPool(num_ranks, num_nodes=num_nodes, device=self._device)
+        elif pool.is_broken:
+            pool.restart()
+        self._pools[shape] = pool
+        return pool
+
+    def close(self) -> None:
+        """End all of them; the next call starts a new one."""
+        while self._pools:
+            self._pools.popitem()[1].close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,25 +78,21 @@ def rank_pool() -> Iterator[RankPools]:
     `rank_pool(num_ranks, num_nodes=1)` starts, restarts or reuses a pool. Ask for it in each test: another test may
     have broken it, or pushed it out.
     """
-    from deep_ep_core.local import RankPool
-
-    # The most recently used pool is last.
-    pools: dict[tuple[int, int], RankPool] = {}
-
-    def get(num_ranks: int, num_nodes: int = 1) -> RankPool:
-        shape = (num_ranks, num_nodes)
-        pool = pools.pop(shape, None)
-        if pool is None:
-            while len(pools) >= _MAX_LIVE_POOLS:
-                pools.pop(next(iter(pools))).close()
-            pool = RankPool(num_ranks, num_nodes=num_nodes)
-        elif pool.is_broken:
-            pool.restart()
-        pools[shape] = pool
-        return pool
-
+    pools = RankPools("cpu", _MAX_LIVE_POOLS)
     try:
-        yield get
+        yield pools
     finally:
-        for pool in pools.values():
-            pool.close()
+        pools.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_rank_pool() -> Iterator[RankPools]:
+    """As `rank_pool`, for tests marked gpu: rank r has GPU r % num_gpus, so one GPU serves any number of ranks.
+
+    A rank takes the GPU `LOCAL_RANK % device_count`. The default group is gloo.
+    """
+    pools = RankPools("cuda", _MAX_LIVE_GPU_POOLS)
+    try:
+        yield pools
+    finally:
+        pools.close()

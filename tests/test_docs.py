@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -125,9 +127,138 @@ def texts_of_the_code() -> list[str]:
 
 
 TROUBLESHOOTING = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+TITLES = re.findall(r"^### `(.+)`$", TROUBLESHOOTING, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("title", re.findall(r"^### `(.+)`$", TROUBLESHOOTING, flags=re.MULTILINE))
+@pytest.mark.parametrize("title", TITLES)
 def test_error_text_in_troubleshooting_is_one_of_the_code(title: str) -> None:
     pattern = re.compile(".*".join(re.escape(part.strip()) for part in title.split("…")), flags=re.DOTALL)
-    assert any(pattern.search(text) for text in texts_of_the_code()), f"no string in the code reads like {title!r}"
+    texts = texts_of_the_code() + [text for _, text in errors_of_the_code()]
+    assert any(pattern.search(without_backticks(text)) for text in texts), f"no string in the code reads like {title!r}"
+
+
+# Errors that need no entry, by their class or by the beginning of their text, and why.
+NO_ENTRY_NEEDED = {
+    "CorruptEntryError": "the cache catches it and builds the entry anew",
+    "UnknownRateError": "links catches it and logs that the rate is unknown",
+    "MpsError": "open_mps catches it; the text of what it raises or prints instead holds this one",
+    "NVMLError": "is NVML's own, and links catches it",
+    "… (got …, on rank …); …": "is what `rejected` makes of its arguments; each call of it is an error of its own here",
+    "another process held the lock for": "the cache catches it and goes on without the shared folder",
+    "messages were still missing when the time was over": "transport makes it a CommTimeoutError",
+}
+
+
+def texts_of_message(node: ast.expr, scope: ast.AST | None, functions: Sequence[ast.FunctionDef]) -> list[str]:
+    """What a message may read like, `…` for what is filled in.
+
+    Args:
+        node: The argument that an error is made with.
+        scope: The function that it stands in, whose local names are looked up; None looks none up.
+        functions: All functions, for messages that one of them puts together.
+    """
+    match node:
+        case ast.Constant(value=str(text)):
+            return [text]
+        case ast.JoinedStr(values=parts):
+            filled = [texts_of_message(part, scope, functions) for part in parts]
+            return ["".join(choice) for choice in itertools.product(*filled)]
+        case ast.FormattedValue(value=ast.Name() as name):
+            return texts_of_message(name, scope, functions)
+        case ast.BinOp(op=ast.Add(), left=left):
+            return [f"{text}…" for text in texts_of_message(left, scope, functions)]
+        case ast.IfExp(body=body, orelse=orelse):
+            return texts_of_message(body, scope, functions) + texts_of_message(orelse, scope, functions)
+        case ast.Name(id=name) if scope is not None:
+            inner = [child for child in ast.walk(scope) if isinstance(child, ast.Assign)]
+            values = [child.value for child in inner if ast.unparse(child.targets[0]) == name]
+            return [text for value in values for text in texts_of_message(value, None, functions)] or ["…"]
+        case ast.Call(func=ast.Name(id=name)):
+            # By the rule for messages there is one sentence in it that says what must hold.
+            bodies = [function for function in functions if function.name == name]
+            inner = [child for body in bodies for child in ast.walk(body) if isinstance(child, ast.JoinedStr)]
+            texts = [text for child in inner for text in texts_of_message(child, None, functions)]
+            return [text for text in texts if " must " in text] or ["…"]
+    return ["…"]
+
+
+def errors_in(trees: Sequence[ast.Module]) -> list[tuple[str, str]]:
+    """Class and text of every error that the code makes, whether it is raised at once or later."""
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    errors: dict[tuple[str, str], None] = {}
+
+    def visit(node: ast.AST, scope: ast.AST) -> None:
+        name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Call) and (name == "rejected" or re.fullmatch(r"[A-Z]\w*Error", name)):
+            # The first argument that is a text: OSError's is a number, that of `rejected` the rank.
+            found = (texts_of_message(argument, scope, functions) for argument in node.args)
+            texts = next((texts for texts in found if texts != ["…"]), ["…"])
+            form = "{} (got …, on rank …); …" if name == "rejected" else "{}"
+            errors.update({(name, form.format(text)): None for text in texts})
+        for child in ast.iter_child_nodes(node):
+            visit(child, child if isinstance(child, ast.FunctionDef) else scope)
+
+    for tree in trees:
+        visit(tree, tree)
+    return list(errors)
+
+
+@functools.cache
+def errors_of_the_code() -> list[tuple[str, str]]:
+    paths = sorted(ROOT.glob("packages/*/src/**/*.py"))
+    return errors_in([ast.parse(path.read_text(encoding="utf-8")) for path in paths])
+
+
+def is_covered(text: str, title: str) -> bool:
+    """Whether a title is how the text begins. `…` in a title stands for anything within one part of a sentence."""
+    return re.match("[^;]*".join(map(re.escape, title.split("…"))), without_backticks(text)) is not None
+
+
+def without_backticks(text: str) -> str:
+    """The text as a title can have it, since it stands in backticks itself."""
+    return text.replace("`", "")
+
+
+def test_every_error_text_is_in_the_troubleshooting_page() -> None:
+    """Nobody who searches for what they see on the screen may find nothing."""
+    missing, exempted = [], set()
+    for name, text in errors_of_the_code():
+        if any(is_covered(text, title) for title in TITLES):
+            continue
+        reasons = {key for key in NO_ENTRY_NEEDED if key == name or text.startswith(key)}
+        exempted |= reasons
+        if not reasons:
+            missing.append(f"{name}: {text}")
+    assert not missing, "no heading of troubleshooting.md is the beginning of:\n" + "\n".join(missing)
+    assert exempted == NO_ENTRY_NEEDED.keys(), "an exemption without an error"
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_heading_in_troubleshooting_says_more_than_that_something_must_be(title: str) -> None:
+    """`… must be …` would cover nearly every error, and explain none."""
+    assert set(re.findall(r"\w+", title)) - {"a", "an", "the", "must", "be", "have", "got", "on", "rank"}
+
+
+def test_error_texts_are_found_however_the_error_is_made() -> None:
+    source = """
+def describe(rank):
+    return "; ".join([f"rank {rank} must come", f"look at {rank}"])
+
+def check(x, rank):
+    problem = f"x must be 1 (got {x})"
+    if x > 1:
+        raise ConfigError(problem)
+    must = "x must be here" if x else "y must be here"
+    bound = f"at least {x}"
+    OSError(errno.EIO, f"x must be {bound}")
+    error = module.TransportError("a" + "b", call=describe(rank))
+    raise rejected(rank, must, x, "pass it") from LateError(describe(rank), rank=rank)
+"""
+    assert sorted(errors_in([ast.parse(source)])) == [
+        ("ConfigError", "x must be 1 (got …)"),
+        ("LateError", "rank … must come"),
+        ("OSError", "x must be at least …"),
+        ("TransportError", "a…"),
+        ("rejected", "x must be here (got …, on rank …); …"),
+        ("rejected", "y must be here (got …, on rank …); …"),
+    ]

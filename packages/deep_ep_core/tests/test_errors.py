@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +76,44 @@ def test_errors_carry_what_a_program_can_act_on():
     assert (timeout.rank, timeout.peers, timeout.expected, timeout.seen) == (1, (3,), 4, 2)
     assert timeout.reports == {}
     assert (failed.rank, failed.traceback_text) == (2, "Traceback")
+
+
+def state_of(error):
+    return type(error), str(error), error.args, vars(error)
+
+
+def state_from_another_process(pickled):
+    """Unpickles there, pickles again there: both ways must work."""
+    return pickle.dumps(pickle.loads(pickled))
+
+
+@pytest.mark.parametrize("error", examples(), ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_error_survives_pickling(error, protocol):
+    """Pools, data loaders and `multiprocessing` hand errors over pickled; one that does not load hangs some."""
+    restored = pickle.loads(pickle.dumps(error, protocol))
+    assert restored is not error
+    assert state_of(restored) == state_of(error)
+
+
+def test_every_error_survives_the_way_to_another_process_and_back():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        returned = [pickle.loads(text) for text in pool.map(state_from_another_process, map(pickle.dumps, examples()))]
+        with pytest.raises(CommTimeoutError, match="what must hold") as caught:
+            pool.apply(raise_error, (examples()[5],))
+    assert [state_of(error) for error in returned] == [state_of(error) for error in examples()]
+    assert caught.value.peers == (3,)
+
+
+def raise_error(error):
+    raise error
+
+
+def test_a_copy_of_an_error_keeps_its_notes():
+    error = examples()[1]
+    error.__notes__ = ["while rank 3 was late"]
+    assert copy.copy(error).__notes__ == ["while rank 3 was late"]
+    assert state_of(copy.deepcopy(error)) == state_of(error)
 
 
 def import_watched(package, folder, **environ):

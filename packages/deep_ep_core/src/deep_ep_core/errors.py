@@ -15,6 +15,7 @@ Every message says what must hold, what came, on which rank, and what to do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "CommTimeoutError",
@@ -29,7 +30,20 @@ __all__ = [
 
 
 class DeepEPError(Exception):
-    """Base of every error that the deep-ep packages raise on purpose."""
+    """Base of every error that the deep-ep packages raise on purpose.
+
+    All of them survive pickling and copying with their message and attributes, so they may cross processes.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The way of BaseException calls the class with the message alone, which lacks what a subclass asks for.
+        return _rebuild, (type(self), self.args), self.__dict__
+
+
+def _rebuild(error_type: type[DeepEPError], args: tuple[object, ...]) -> DeepEPError:
+    error = error_type.__new__(error_type)
+    error.args = args
+    return error
 
 
 class ConfigError(DeepEPError, ValueError):

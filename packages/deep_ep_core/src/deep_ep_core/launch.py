@@ -14,14 +14,18 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import FrameType
+from typing import get_args
 
 from deep_ep_core.errors import ConfigError
-from deep_ep_core.local.processes import LaunchConfig, RankExit, RankProcesses, forward_line
+from deep_ep_core.local.config import Device, LaunchConfig
+from deep_ep_core.local.mps import MpsMode
+from deep_ep_core.local.processes import RankExit, RankProcesses, forward_line
 
 __all__ = ["launch", "main"]
 
 _POLL_S = 0.05
-# The exit codes of timeout(1) and of a shell.
+# The exit codes of argparse, of timeout(1) and of a shell.
+_EXIT_USAGE = 2
 _EXIT_TIMEOUT = 124
 _EXIT_INTERRUPT = 128 + signal.SIGINT
 
@@ -42,6 +46,9 @@ def launch(
     Returns:
         0 if every rank ended with exit code 0. Otherwise the exit code of the rank that failed first (128 + n if
         signal n killed it), or 124 past the deadline.
+
+    Raises:
+        ConfigError: The launch needs a GPU or MPS, and there is none.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with RankProcesses(config, command, on_line=partial(forward_line, has_prefix=has_prefix)) as ranks:
@@ -66,7 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        config = LaunchConfig(num_ranks=options.ranks, num_nodes=options.nodes, num_threads=options.threads)
+        config = LaunchConfig(
+            num_ranks=options.ranks,
+            num_nodes=options.nodes,
+            num_threads=options.threads,
+            device=options.device,
+            mps=options.mps,
+        )
     except ConfigError as error:
         parser.error(str(error))
     if options.timeout is not None and options.timeout <= 0:
@@ -75,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _termination_unwinds():
             return launch(config, command, timeout_s=options.timeout, has_prefix=not options.no_prefix)
+    except ConfigError as error:
+        _tell(str(error))
+        return _EXIT_USAGE
     except KeyboardInterrupt:
         _tell("interrupted; all ranks were ended")
         return _EXIT_INTERRUPT
@@ -92,6 +108,20 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="make-believe nodes that the ranks are cut into: sets NCCL_LSA_TEAM_SIZE to ranks / nodes (default: 1)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=get_args(Device),
+        default="cpu",
+        help="cuda: give each rank a GPU, shared where there are fewer GPUs than ranks; cpu: set nothing about GPUs "
+        "(default)",
+    )
+    parser.add_argument(
+        "--mps",
+        choices=get_args(MpsMode),
+        default="auto",
+        help="let the ranks of a shared GPU run at the same time, through an MPS daemon of this launch; auto: where it "
+        "can be started (default)",
     )
     parser.add_argument(
         "--timeout",

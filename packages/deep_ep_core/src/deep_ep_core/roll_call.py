@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-__all__ = ["RankReport", "RollCall", "find_culprits"]
+__all__ = ["RankReport", "RollCall", "describe_failure", "find_culprits"]
 
 _POLL_INTERVAL_S = 0.02
 
@@ -149,6 +149,45 @@ def find_culprits(own: RankReport, reports: Mapping[int, RankReport] | None, *, 
     if blamed.count(own.rank) * 2 > len(blamed):
         return [own.rank]
     return direct
+
+
+def describe_failure(
+    own: RankReport,
+    reports: Mapping[int, RankReport] | None,
+    *,
+    peers: Sequence[int],
+    num_ranks: int,
+    timeout_s: float,
+    cause: BaseException,
+) -> str:
+    """The message that names who is late, and what each of them said of itself.
+
+    Args:
+        own: This rank's report.
+        reports: The other ranks' reports, by rank; None when they could not be asked.
+        peers: The ranks to name, from `find_culprits`.
+        num_ranks: Number of ranks in the group.
+        timeout_s: How long this rank waited, in seconds.
+        cause: What the group's backend raised.
+    """
+    who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
+    if list(peers) == [own.rank]:
+        who = f"rank {own.rank} (this rank) was late and"
+    lines = [
+        f"every rank must take part in {own.phase} within {timeout_s:g} s, but {who} did not "
+        f"(seen on rank {own.rank} of {num_ranks})"
+    ]
+    for rank in peers:
+        if reports is None:
+            lines.append("the other ranks could not be asked: the group's store does not answer")
+            break
+        if rank in reports:
+            lines.append(f"rank {rank} {reports[rank]}")
+        elif rank != own.rank:
+            lines.append(f"rank {rank} says nothing: it died, is still on its way, or is done and busy elsewhere")
+    lines.append(f"the group's backend said: {str(cause).strip()}")
+    lines.append("look at that rank's own output first; a slow rank needs a longer num_cpu_timeout_secs")
+    return "; ".join(lines)
 
 
 def _bounded(call: Callable[[], _Result], timeout_s: float, *, default: _Result) -> _Result:

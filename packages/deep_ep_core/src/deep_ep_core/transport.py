@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep_core.errors import CommTimeoutError, ConfigError, RankMismatchError, TransportError
-from deep_ep_core.roll_call import RankReport, RollCall, find_culprits
+from deep_ep_core.roll_call import RankReport, RollCall, describe_failure, find_culprits
 
 __all__ = ["AgreedField", "CollectiveTransport", "Operation", "Rows"]
 
@@ -241,7 +241,9 @@ class CollectiveTransport:
             reports = self._roll_call.collect(operation.idx, timeout_s=max(deadline - time.monotonic(), 0.0))
         peers = find_culprits(own, reports, num_ranks=self.num_ranks)
         self._failure = CommTimeoutError(
-            _describe_failure(self, own, reports, peers, cause),
+            describe_failure(
+                own, reports, peers=peers, num_ranks=self.num_ranks, timeout_s=self.timeout_s, cause=cause
+            ),
             phase=phase,
             rank=self.rank,
             peers=peers,
@@ -384,33 +386,6 @@ def _poll(works: Sequence[Any], deadline: float) -> None:
         time.sleep(20e-6)
     for work in works:
         work.wait()
-
-
-def _describe_failure(
-    transport: CollectiveTransport,
-    own: RankReport,
-    reports: dict[int, RankReport] | None,
-    peers: Sequence[int],
-    cause: BaseException,
-) -> str:
-    who = f"rank {peers[0]}" if len(peers) == 1 else f"ranks {', '.join(map(str, peers))}"
-    if list(peers) == [own.rank]:
-        who = f"rank {own.rank} (this rank) was late and"
-    lines = [
-        f"every rank must take part in {own.phase} within {transport.timeout_s:g} s, but {who} did not "
-        f"(seen on rank {own.rank} of {transport.num_ranks})"
-    ]
-    for rank in peers:
-        if reports is None:
-            lines.append("the other ranks could not be asked: the group's store does not answer")
-            break
-        if rank in reports:
-            lines.append(f"rank {rank} {reports[rank]}")
-        elif rank != own.rank:
-            lines.append(f"rank {rank} says nothing: it died, is still on its way, or is done and busy elsewhere")
-    lines.append(f"the group's backend said: {str(cause).strip()}")
-    lines.append("look at that rank's own output first; a slow rank needs a longer num_cpu_timeout_secs")
-    return "; ".join(lines)
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:

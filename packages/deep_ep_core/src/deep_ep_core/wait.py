@@ -10,13 +10,14 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from deep_ep_core.errors import CommTimeoutError, ConfigError
 from deep_ep_core.jit.structs import Int32, ParamsStruct, Pointer, UInt32, UInt64
 
-__all__ = ["TimeoutLog", "TimeoutRecord", "WaitParams", "timeout_to_ns"]
+__all__ = ["TimeoutLog", "TimeoutRecord", "TimeoutReport", "WaitParams", "timeout_to_ns"]
 
 _RECORD_WHOLE = 1
 _NS_PER_S = 1_000_000_000
@@ -52,6 +53,29 @@ class WaitParams(ParamsStruct):
         ("first_phase", UInt32),
         ("rank", Int32),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeoutReport:
+    """A record as the host reads it; kernels also use records for what is wrong without any wait.
+
+    Attributes:
+        phase_idx: Number of the phase, from `TimeoutLog.add_phases`.
+        phase: Its name.
+        rank: The rank that waited.
+        peer: The rank that it waited for.
+        expected: What was waited for.
+        seen: What was there.
+        waited_ns: How long the wait was.
+    """
+
+    phase_idx: int
+    phase: str
+    rank: int
+    peer: int
+    expected: int
+    seen: int
+    waited_ns: int
 
 
 def timeout_to_ns(timeout_s: float) -> int:
@@ -153,20 +177,35 @@ class TimeoutLog:
         Raises:
             CommTimeoutError: It names the phase, this rank, the rank that did not come, and what was expected and seen.
         """
+        report = self.read()
+        if report is None:
+            return
+        raise CommTimeoutError(
+            f"{report.phase}: rank {report.rank} waited {report.waited_ns / _NS_PER_S:.3g} s for rank {report.peer}, "
+            f"which must come to {report.expected} and was at {report.seen}; see what stopped rank {report.peer}, or "
+            "raise the timeout if it was only slow. What was under way is lost: make the buffer anew on all ranks, or "
+            "stop",
+            phase=report.phase,
+            rank=report.rank,
+            peers=[report.peer],
+            expected=report.expected,
+            seen=report.seen,
+        )
+
+    def read(self) -> TimeoutReport | None:
+        """What the first wait that expired left behind, or None. No CUDA call."""
         # The device wrote the state last, with a release. The members are read thousands of instructions after it.
         record = self._record
         if record.state != _RECORD_WHOLE:
-            return
-        phase = self._phases[record.phase] if record.phase < len(self._phases) else f"phase {record.phase}"
-        raise CommTimeoutError(
-            f"{phase}: rank {record.rank} waited {record.waited_ns / _NS_PER_S:.3g} s for rank {record.peer}, which "
-            f"must come to {record.expected} and was at {record.seen}; see what stopped rank {record.peer}, or raise "
-            "the timeout if it was only slow. What was under way is lost: make the buffer anew on all ranks, or stop",
-            phase=phase,
+            return None
+        return TimeoutReport(
+            phase_idx=record.phase,
+            phase=self._phases[record.phase] if record.phase < len(self._phases) else f"phase {record.phase}",
             rank=record.rank,
-            peers=[record.peer],
+            peer=record.peer,
             expected=record.expected,
             seen=record.seen,
+            waited_ns=record.waited_ns,
         )
 
     def reset(self) -> None:

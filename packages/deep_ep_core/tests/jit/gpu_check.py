@@ -1,9 +1,9 @@
-"""Runs the JIT on a GPU: both compilers, every launch attribute, results against torch, host time of a launch.
+"""Runs the JIT on a GPU: both compilers, every launch attribute, results against torch, host time of launch and start.
 
 usage: python gpu_check.py
 
 Not a pytest module: it needs a GPU of compute capability 9.0 or newer, torch with CUDA, cuda-bindings, and nvcc or
-NVRTC. Prints two tables; the exit status is 1 if a result is wrong.
+NVRTC. Prints three tables; the exit status is 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import toy_kernels
+from check_warm_start import check_warm_start
 from toy_kernels import MAX_THREADS, ScaleConfig, ScaleParams, Vector, Wait
 
 from deep_ep_core.errors import TransportError
@@ -60,6 +61,7 @@ def main() -> int:
         for name, call in timed_calls(Builder(options, compiler=compilers[0])):
             median_us, best_us = host_time_us(call)
             print(f"{name:<56}{median_us:>11.2f}{best_us:>11.2f}")
+    is_right &= check_warm_start([compiler.identity.split()[0] for compiler in compilers])
     print("\nall right" if is_right else "\nWRONG")
     return 0 if is_right else 1
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deep_ep_core.errors import ConfigError, RankFailedError
-from deep_ep_core.local.processes import LaunchConfig, RankProcesses
+from deep_ep_core.local.config import Device, LaunchConfig
+from deep_ep_core.local.mps import MpsMode
+from deep_ep_core.local.processes import RankProcesses
 from deep_ep_core.local.worker import (
     HEADER,
     Call,
@@ -90,7 +92,16 @@ class RankPool:
     generators, default dtypes, open groups) stays for the next one; it must not destroy the default group.
     """
 
-    def __init__(self, num_ranks: int, *, num_nodes: int = 1, timeout_s: float = 120.0, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        num_nodes: int = 1,
+        timeout_s: float = 120.0,
+        num_threads: int = 1,
+        device: Device = "cpu",
+        mps: MpsMode = "auto",
+    ) -> None:
         """Start the ranks and wait until their default group stands.
 
         Args:
@@ -98,12 +109,17 @@ class RankPool:
             num_nodes: Number of make-believe nodes, see `LaunchConfig`.
             timeout_s: Seconds that a run may take unless it says otherwise.
             num_threads: OMP_NUM_THREADS of a rank, unless the user's environment sets it.
+            device: Whether ranks get GPUs, see `LaunchConfig`. The default group is gloo in any case.
+            mps: How ranks share a GPU, see `LaunchConfig`. A daemon serves until a rank dies or the pool is closed;
+                a restart starts a new one.
 
         Raises:
-            ConfigError: A number is out of its range.
+            ConfigError: An argument is out of its range, or there is no GPU or MPS as asked.
             RankFailedError: A rank did not come up.
         """
-        self._config = LaunchConfig(num_ranks=num_ranks, num_nodes=num_nodes, num_threads=num_threads)
+        self._config = LaunchConfig(
+            num_ranks=num_ranks, num_nodes=num_nodes, num_threads=num_threads, device=device, mps=mps
+        )
         self._timeout_s = timeout_s
         self._processes: RankProcesses | None = None
         self._channels: list[_Channel] = []
@@ -188,6 +204,7 @@ class RankPool:
         """End all ranks and start new ones; a closed pool opens again.
 
         Raises:
+            ConfigError: There is no GPU or MPS any more.
             RankFailedError: A rank did not come up.
         """
         self.close()

@@ -1,12 +1,13 @@
-"""Owns the rank processes of one local launch: their environment, their start, their output and their end.
+"""Owns the rank processes of one local launch: their start, their output and their end.
 
-It does not decide what a rank runs, nor what a failure means: the launcher and the rank pool do.
+It does not decide what a rank runs, nor what a failure means: the launcher and the rank pool do. What a rank finds in
+its environment is in `deep_ep_core.local.config`.
 
 Ranks must not outlive the process that started them. Each one is started through a small wrapper that asks the kernel
 for a SIGKILL at the death of the starter (`PR_SET_PDEATHSIG`) and then executes the rank. The other way, a thread in
 each rank that watches a pipe, would need code inside the user's script, and does not run while the rank holds the
 interpreter lock or is stopped. What a rank started itself is ended by `stop`, with the rank's session, but not when the
-starter is killed outright.
+starter is killed outright. An MPS daemon of the launch starts before the first rank and ends after the last, in `stop`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from deep_ep_core.errors import ConfigError
+from deep_ep_core.local.config import LOOPBACK_ADDRESS, LaunchConfig, rank_environment
+from deep_ep_core.local.gpus import find_gpus
+from deep_ep_core.local.mps import MPS_VARIABLES, MpsDaemon, open_mps
 
-__all__ = ["LaunchConfig", "RankExit", "RankProcesses", "forward_line", "rank_environment"]
+__all__ = ["RankExit", "RankProcesses", "forward_line"]
 
-_LOOPBACK_ADDRESS = "127.0.0.1"
 _MAX_TAIL_LINES = 200
 _STACK_WAIT_S = 5.0
 _REAP_WAIT_S = 10.0
@@ -51,40 +53,6 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 LineHandler = Callable[[int, bool, str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchConfig:
-    """How many ranks to start on this machine, and how they are to see it.
-
-    Attributes:
-        num_ranks: Number of processes.
-        num_nodes: Number of make-believe nodes that the ranks are cut into, in rank order.
-        num_threads: Value of OMP_NUM_THREADS in a rank, unless the user's environment sets it.
-
-    Raises:
-        ConfigError: A number is below 1, or the nodes would not be equally large.
-    """
-
-    num_ranks: int
-    num_nodes: int = 1
-    num_threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_nodes", "num_threads"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1 (got {value})")
-        if self.num_ranks % self.num_nodes != 0:
-            raise ConfigError(
-                f"num_ranks must be a multiple of num_nodes (got {self.num_ranks} ranks on {self.num_nodes} nodes); "
-                "every node holds the same number of ranks"
-            )
-
-    @property
-    def num_ranks_per_node(self) -> int:
-        """Number of ranks of each make-believe node."""
-        return self.num_ranks // self.num_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,50 +94,6 @@ class RankExit:
         return f"exit code {self.return_code}" if self.return_code >= 0 else f"killed by {self.signal_name}"
 
 
-def rank_environment(config: LaunchConfig, rank: int, *, master_port: int, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of one rank: `base`, and the variables that torchrun would set.
-
-    Args:
-        config: The launch.
-        rank: The rank, in [0, num_ranks).
-        master_port: Port of the rendezvous store that the starting process holds.
-        base: The user's environment.
-
-    Returns:
-        A new mapping. `OMP_NUM_THREADS` and `GLOO_SOCKET_IFNAME` of `base` are kept where they are set.
-    """
-    node, local_rank = divmod(rank, config.num_ranks_per_node)
-    environment = dict(base)
-    environment.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(config.num_ranks),
-        LOCAL_RANK=str(local_rank),
-        LOCAL_WORLD_SIZE=str(config.num_ranks_per_node),
-        GROUP_RANK=str(node),
-        NODE_RANK=str(node),
-        GROUP_WORLD_SIZE=str(config.num_nodes),
-        ROLE_NAME="default",
-        ROLE_RANK=str(rank),
-        ROLE_WORLD_SIZE=str(config.num_ranks),
-        MASTER_ADDR=_LOOPBACK_ADDRESS,
-        MASTER_PORT=str(master_port),
-        # The store belongs to the starting process: no rank hosts one, and it outlives every rank.
-        TORCHELASTIC_USE_AGENT_STORE=str(True),
-        TORCHELASTIC_RESTART_COUNT="0",
-        TORCHELASTIC_MAX_RESTARTS="0",
-        TORCHELASTIC_RUN_ID="local",
-        # Lines arrive when they are printed, and SIGABRT prints the Python stacks.
-        PYTHONUNBUFFERED="1",
-        PYTHONFAULTHANDLER="1",
-    )
-    if config.num_nodes > 1:
-        environment["NCCL_LSA_TEAM_SIZE"] = str(config.num_ranks_per_node)
-    environment.setdefault("OMP_NUM_THREADS", str(config.num_threads))
-    # Otherwise gloo looks up the machine's own name, which need not resolve.
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return environment
-
-
 def forward_line(rank: int, is_error: bool, line: str, *, has_prefix: bool = True) -> None:
     """Print one output line of a rank to the same stream of this process, and flush it."""
     stream = sys.stderr if is_error else sys.stdout
@@ -199,6 +123,9 @@ class RankProcesses:
             command: Arguments for this interpreter, the same for every rank.
             on_line: Called as `on_line(rank, is_error, line)` for each output line, without its newline.
             stdins: Standard input of each rank, by rank; an empty input if None.
+
+        Raises:
+            ConfigError: The launch needs a GPU or MPS, and there is none.
         """
         self._selector = selectors.DefaultSelector()
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -208,15 +135,17 @@ class RankProcesses:
         self._stacks: dict[int, list[str]] = {}
         self._on_line = on_line
         self._store: object = None
+        self._mps: MpsDaemon | None = None
         self._is_stopped = False
         # The port is known as soon as the socket listens, so the ranks can start while this process imports torch;
         # a rank that connects early waits in the backlog.
-        listener = socket.create_server((_LOOPBACK_ADDRESS, 0), backlog=max(128, 2 * config.num_ranks))
+        listener = socket.create_server((LOOPBACK_ADDRESS, 0), backlog=max(128, 2 * config.num_ranks))
         try:
             with listener:
                 port = listener.getsockname()[1]
+                gpus, base = self._prepare_gpus(config)
                 for rank in range(config.num_ranks):
-                    environment = rank_environment(config, rank, master_port=port, base=os.environ)
+                    environment = rank_environment(config, rank, master_port=port, base=base, gpus=gpus)
                     self._start(rank, command, environment, subprocess.DEVNULL if stdins is None else stdins[rank])
                 self._store = _host_store(listener, port)
         except BaseException:
@@ -303,7 +232,7 @@ class RankProcesses:
         }
 
     def stop(self, *, grace_s: float = 3.0) -> None:
-        """End every rank and all processes of its session, and reap them. May be called again.
+        """End every rank and all processes of its session, and reap them, then an MPS daemon. May be called again.
 
         Args:
             grace_s: Seconds between SIGTERM and SIGKILL; 0 sends only SIGKILL.
@@ -315,7 +244,26 @@ class RankProcesses:
                     self._signal(self._processes[rank].pid, signal.SIGTERM, os.killpg)
                 self._wait_for_exits(self.running, grace_s)
         finally:
-            self._kill_and_reap()
+            try:
+                self._kill_and_reap()
+            finally:
+                # After the ranks, which are its clients.
+                if self._mps is not None:
+                    self._mps.stop()
+
+    def _prepare_gpus(self, config: LaunchConfig) -> tuple[Sequence[str], Mapping[str, str]]:
+        """The GPUs of the launch and the environment to start ranks from, once an MPS daemon runs if there is one."""
+        base = dict(os.environ)
+        if config.device != "cuda":
+            return (), base
+        gpus = find_gpus(base)
+        self._mps = open_mps(config.mps, num_ranks=config.num_ranks, gpus=gpus, environment=base)
+        if config.mps == "off":
+            for name in MPS_VARIABLES:
+                base.pop(name, None)
+        elif self._mps is not None:
+            base.update(self._mps.variables)
+        return gpus, base
 
     def _start(
         self, rank: int, command: Sequence[str], environment: Mapping[str, str], stdin: int | socket.socket
@@ -417,5 +365,5 @@ def _host_store(listener: socket.socket, port: int) -> object:
     import torch.distributed as dist
 
     return dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it, but not by name
-        _LOOPBACK_ADDRESS, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        LOOPBACK_ADDRESS, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
