@@ -1,7 +1,7 @@
 """Owns finding the physical domains of a process group: which of its ranks share a machine.
 
-The answer is found once for a group and kept. Where NCCL runs the group's kernels, its own teams take precedence; that
-is the device backend's affair.
+The answer is found once for a group and kept. Where NCCL runs the group's kernels, its own teams take precedence: who
+opens a communicator has them remembered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deep_ep_core.env import get_env
 from deep_ep_core.topology import Topology, host_identity, scaleup_size_from_hosts
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 
-__all__ = ["detect_topology"]
+__all__ = ["detect_topology", "remember_topology"]
 
 _OPERATION = "find domains"
 _TIMEOUT_S = 300.0
@@ -60,3 +60,8 @@ def detect_topology(group: dist.ProcessGroup | None, *, timeout_s: float = _TIME
     )
     _known[transport.group] = topology
     return topology
+
+
+def remember_topology(group: dist.ProcessGroup, topology: Topology) -> None:
+    """Let `detect_topology` answer with what NCCL says of a group. Collective: no, but all ranks must do it."""
+    _known[group] = topology

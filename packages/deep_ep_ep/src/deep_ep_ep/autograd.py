@@ -246,6 +246,7 @@ def combine(
 def _to_tensors(handle: EPHandle) -> tuple[Tensor, ...]:
     """All routing tensors but `topk_idx`, in the operators' order."""
     plan = handle.plan
+    assert isinstance(plan, RoutingPlan), "the operators know the plan of the collective backend only"
     counts = torch.tensor(
         [
             handle.num_recv_tokens,

@@ -44,8 +44,11 @@ class Backend(Protocol):
     def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:
         """Bring rows back to the ranks of their tokens, and sum them."""
 
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
+    def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Memory for the rows of a combine that spares a copy, or None where there is none; not collective."""
+
+    def barrier(self, *, use_comm_stream: bool, with_cpu_sync: bool) -> None:
+        """Let no rank go on until all have come; where the host does not wait, the streams do."""
 
     def report_rejection(self, operation: str, reason: str) -> None:
         """Tell the peers that this rank refuses an operation, if there is a way to."""

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +25,7 @@ from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 from deep_ep_ep.backend import Backend
 from deep_ep_ep.checks import BufferFacts, check_combine, check_dispatch, check_streams, rejected
+from deep_ep_ep.choice import BackendName, DeviceOpener, RecvMemory, agreed_by_choice, check_choice
 from deep_ep_ep.collective import OPERATIONS, CollectiveBackend
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.sizing import (
@@ -48,8 +47,6 @@ from deep_ep_ep.sm_model import (
 )
 
 __all__ = ["ElasticBuffer", "get_logical_domain_size", "get_physical_domain_size", "live_buffer", "topk_idx_t"]
-
-_logger = logging.getLogger("deep_ep_ep")
 
 topk_idx_t = torch.int64
 """The usual dtype of top-k indices. int32 is accepted as well, call by call."""
@@ -125,8 +122,13 @@ class ElasticBuffer:
         num_gpu_timeout_secs: The same for kernels.
         explicitly_destroy: The caller will call `destroy()`. Without it nothing needs to be called: dropping the
             buffer is enough, in any order, on any rank.
-        backend: "collective" runs on any group; "device" is not part of this version; "auto" takes the best that
-            the group allows.
+        backend: "collective" runs on any group. "device" moves rows by CUDA kernels between GPUs of one NVLink domain,
+            and needs NCCL 2.30.4 or newer. "auto" takes "device" where the group has a CUDA backend and it can be
+            opened, else "collective", and logs why. Must be alike on all ranks.
+        recv_memory: Where received rows live, on the device backend. "auto": in the window while a heap beside the
+            buffer has room, which spares a copy, else in torch's memory; takes up to `num_bytes` more memory. "torch":
+            always in torch's memory. "window": always in the window, within `num_bytes`, where there must be room for
+            all rows that live at a time. Must be alike on all ranks.
 
     Attributes:
         group, rank_idx, num_ranks: The group and this rank's place in it.
@@ -164,11 +166,13 @@ class ElasticBuffer:
         num_gpu_timeout_secs: float = 100,
         explicitly_destroy: bool = False,
         *,
-        backend: Literal["auto", "collective", "device"] = "auto",
+        backend: BackendName = "auto",
+        recv_memory: RecvMemory = "auto",
     ) -> None:
         _check_constructor(
-            num_bytes, num_cpu_bytes, num_max_tokens_per_rank, hidden, num_allocated_qps, num_cpu_timeout_secs, backend
+            num_bytes, num_cpu_bytes, num_max_tokens_per_rank, hidden, num_allocated_qps, num_cpu_timeout_secs
         )
+        check_choice(backend, recv_memory)
         transport = CollectiveTransport(
             group, timeout_s=float(num_cpu_timeout_secs), name="ElasticBuffer", operations=OPERATIONS
         )
@@ -183,6 +187,7 @@ class ElasticBuffer:
                 AgreedField(name="allow_hybrid_mode", value=int(bool(allow_hybrid_mode))),
                 AgreedField(name="allow_multiple_reduction", value=int(bool(allow_multiple_reduction))),
                 AgreedField(name="num_allocated_qps", value=num_allocated_qps),
+                *agreed_by_choice(backend, recv_memory),
             ],
         )
         self.group: dist.ProcessGroup = transport.group
@@ -197,10 +202,22 @@ class ElasticBuffer:
         self.sl_idx = get_env().override_rdma_sl if get_env().override_rdma_sl is not None else sl_idx
         self.num_cpu_timeout_secs = num_cpu_timeout_secs
         self.num_gpu_timeout_secs = num_gpu_timeout_secs
-        # Kept for callers that look at it: no communicator of NCCL's own is made by the collective backend.
+        # Kept for callers that look at it; the collective backend has none.
         self.nccl_comm_handle: object | None = None
         default_num_qps = _DEFAULT_NUM_QPS_HYBRID if allow_hybrid_mode else _DEFAULT_NUM_QPS_DIRECT
         self.num_allocated_qps = num_allocated_qps or default_num_qps
+        has_cuda = torch.cuda.is_available()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+        opener = DeviceOpener(
+            transport,
+            self._device,
+            backend=backend,
+            recv_memory=recv_memory,
+            cpu_timeout_s=float(num_cpu_timeout_secs),
+            gpu_timeout_s=float(num_gpu_timeout_secs),
+        )
+        # Where NCCL is used, it knows best which ranks share a domain.
+        opener.open_communicator()
         self._physical = detect_topology(self.group, timeout_s=float(num_cpu_timeout_secs))
         self._topology = _logical(self._physical, self.allow_hybrid_mode)
         if num_bytes is None:
@@ -214,8 +231,7 @@ class ElasticBuffer:
                 allow_multiple_reduction=self.allow_multiple_reduction,
             )
         self.num_bytes = num_bytes
-        has_cuda = torch.cuda.is_available()
-        self._device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+        self._hidden = int(hidden)
         self._facts = BufferFacts(
             rank=self.rank_idx,
             num_ranks=self.num_ranks,
@@ -228,9 +244,9 @@ class ElasticBuffer:
         self.id = self._facts.buffer_id
         _live_buffers[self.id] = self
         self._num_sms_of: dict[tuple[int, int], int] = {}
-        self.runtime: Backend | None = CollectiveBackend(transport, self._topology, self._facts)
-        if backend == "auto":
-            _logger.info("ElasticBuffer uses the collective backend: this version has no device backend")
+        collective = CollectiveBackend(transport, self._topology, self._facts)
+        self.runtime: Backend | None = opener.open_backend(collective, self._facts, num_bytes=num_bytes)
+        self.nccl_comm_handle = opener.nccl_comm_handle
         if get_env().buffer_debug and self.rank_idx == 0:
             print(f"{self!r}: physical domains (R, V) = {self.get_physical_domain_size()}", flush=True)
 
@@ -387,24 +403,57 @@ class ElasticBuffer:
         return comm_stream(self._device)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Return when every rank has called it.
+        """Let no rank go on until every rank has called it.
+
+        On the device backend the streams wait, and the host only with `with_cpu_sync`.
 
         Args:
-            use_comm_stream: Order the barrier on the communication stream; no effect on the collective backend, whose
-                barrier blocks the host.
-            with_cpu_sync: Also wait for all work of the device, before and after.
-            sequential: Scale-out before scale-up; no effect on the collective backend.
+            use_comm_stream: Put the barrier on the communication stream, between what the current stream has done and
+                what it does next; False puts it on the current stream. The collective backend blocks the host instead.
+            with_cpu_sync: Also wait on the host for all work of the device, before and after.
+            sequential: Scale-out before scale-up; has no effect where there is one domain.
 
         Raises:
             CommTimeoutError: A rank did not come.
 
         Collective: yes.
         """
+        self._open_runtime().barrier(use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync)
+
+    def empty_like_recv(
+        self, handle: EPHandle, hidden: int | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        """A tensor for the rows that `combine` will bring back, where it reads them without a copy.
+
+        Write the experts' outputs into it, for example as the `out` of a matrix product, and pass it to `combine`. On
+        the device backend it lies in the window while there is room; otherwise it is an ordinary tensor, and `combine`
+        is right all the same.
+
+        Args:
+            handle: What the dispatch returned.
+            hidden: Elements of a row; None takes those that the buffer was made for.
+            dtype: Its dtype.
+
+        Returns:
+            `[num_recv_tokens, hidden]`, or `[num_expanded_tokens, hidden]` expert-major; values undefined.
+
+        Raises:
+            ConfigError: The handle is of another buffer, or `hidden` is not known.
+
+        Collective: no. Stream: usable on the current stream.
+        """
         runtime = self._open_runtime()
-        if self._device.type == "cuda" and (with_cpu_sync or torch.cuda.is_initialized()):
-            # The host-side barrier promises what a device-side one does: work before it is done on every rank.
-            torch.cuda.synchronize(self._device)
-        runtime.barrier()
+        if handle.buffer_id != self.id:
+            raise rejected(self.rank_idx, "handle must come from a dispatch of this buffer", "another", "pass that one")
+        if hidden is None:
+            hidden = self._hidden
+        if hidden < 1:
+            raise rejected(self.rank_idx, "hidden must be positive", hidden, "pass it, or make the buffer with it")
+        found = runtime.empty_like_recv(handle, hidden, dtype)
+        if found is not None:
+            return found
+        num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
+        return torch.empty(num_rows, hidden, dtype=dtype, device=handle.topk_idx.device)
 
     def destroy(self) -> None:
         """Release the buffer; a second call does nothing. Collective: no.
@@ -570,18 +619,21 @@ class ElasticBuffer:
             with CommScope(args.x.device, streams) as scope:
                 result = runtime.dispatch(args, scope)
                 event = scope.finish(
-                    [
+                    inputs=[
                         args.x,
                         args.sf,
                         args.topk_idx,
                         args.topk_weights,
                         args.recv_stats,
+                        *(() if args.handle is None else args.handle.tensors()),
+                    ],
+                    outputs=[
                         result.recv_x,
                         result.recv_sf,
                         result.recv_topk_idx,
                         result.recv_topk_weights,
                         *result.handle.tensors(),
-                    ]
+                    ],
                 )
         recv_x = result.recv_x if result.recv_sf is None else (result.recv_x, result.recv_sf)
         return recv_x, result.recv_topk_idx, result.recv_topk_weights, result.handle, event
@@ -659,14 +711,8 @@ class ElasticBuffer:
             with CommScope(args.x.device, streams) as scope:
                 result = runtime.combine(args, scope)
                 event = scope.finish(
-                    [
-                        args.x,
-                        args.topk_weights,
-                        *args.biases,
-                        result.combined_x,
-                        result.combined_topk_weights,
-                        *args.handle.tensors(),
-                    ]
+                    inputs=[args.x, args.topk_weights, *args.biases, *args.handle.tensors()],
+                    outputs=[result.combined_x, result.combined_topk_weights],
                 )
         return result.combined_x, result.combined_topk_weights, event
 
@@ -727,15 +773,7 @@ def _check_constructor(
     hidden: int,
     num_allocated_qps: int,
     num_cpu_timeout_secs: float,
-    backend: str,
 ) -> None:
-    if backend not in ("auto", "collective", "device"):
-        raise ConfigError(f'backend must be "auto", "collective" or "device" (got {backend!r})')
-    if backend == "device":
-        raise ConfigError(
-            'backend="device" is not part of this version of deep-ep-ep; use "auto" or "collective", which run on any '
-            "torch.distributed group"
-        )
     if num_cpu_bytes:
         raise ConfigError(
             f"num_cpu_bytes must be 0 (got {num_cpu_bytes}): the host-memory segment belongs to Engram, which will be "

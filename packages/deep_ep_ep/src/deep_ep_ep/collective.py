@@ -12,7 +12,8 @@ import torch
 
 from deep_ep_core.stream import CommScope
 from deep_ep_core.topology import Topology
-from deep_ep_core.transport import AgreedField, CollectiveTransport, Operation, Rows
+from deep_ep_core.transport import CollectiveTransport, Operation, Rows
+from deep_ep_ep.agreed import agreed_by_combine, agreed_by_dispatch
 from deep_ep_ep.backend import CombineResult, DispatchResult
 from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs, check_topk_values
 from deep_ep_ep.handle import EPHandle, RoutingPlan
@@ -23,7 +24,7 @@ from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 
 __all__ = ["OPERATIONS", "CollectiveBackend"]
 
-OPERATIONS = ("open", "barrier", "dispatch", "combine")
+OPERATIONS = ("open", "open the device backend", "barrier", "dispatch", "combine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,8 +58,14 @@ class CollectiveBackend:
         self._facts = facts
         self._num_dispatches = 0
 
-    def barrier(self) -> None:
+    def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> None:
+        """None: rows are copied out of any memory alike."""
+
+    def barrier(self, *, use_comm_stream: bool, with_cpu_sync: bool) -> None:
         """Return when every rank has called it."""
+        if torch.cuda.is_available() and (with_cpu_sync or torch.cuda.is_initialized()):
+            # A barrier of the hosts promises what one of the streams does: work before it is done on every rank.
+            torch.cuda.synchronize()
         self._transport.begin("barrier", [])
 
     def report_rejection(self, operation: str, reason: str) -> None:
@@ -76,8 +83,8 @@ class CollectiveBackend:
             check_topk_values(self._facts, args.topk_idx, args.num_experts)
             operation, plan = self._open_new_routing(args)
         else:
-            plan = args.handle.plan
-            operation = self._transport.begin("dispatch", _agreed_by_dispatch(args))
+            plan = _plan_of(args.handle)
+            operation = self._transport.begin("dispatch", agreed_by_dispatch(args))
         num_ranks = self._topology.num_ranks
         is_exact = args.do_cpu_sync if args.handle is None else args.handle.was_cpu_synced
         num_rows = plan.num_recv if is_exact else max_recv_tokens(num_ranks, args.num_max_tokens_per_rank)
@@ -101,7 +108,7 @@ class CollectiveBackend:
         num_ranks = self._topology.num_ranks
         routing = route_tokens(args.topk_idx, num_ranks=num_ranks, num_local_experts=args.num_experts // num_ranks)
         num_send_rows: list[int] = routing.num_send_rows.tolist()
-        operation = self._transport.begin("dispatch", _agreed_by_dispatch(args), [[num] for num in num_send_rows])
+        operation = self._transport.begin("dispatch", agreed_by_dispatch(args), [[num] for num in num_send_rows])
         return operation, RoutingPlan(
             send_token_idx=routing.send_token_idx,
             num_send_rows=tuple(num_send_rows),
@@ -164,8 +171,8 @@ class CollectiveBackend:
 
     def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:
         """Bring rows back to the ranks of their tokens, and sum them."""
-        handle, plan = args.handle, args.handle.plan
-        operation = self._transport.begin("combine", _agreed_by_combine(args))
+        handle, plan = args.handle, _plan_of(args.handle)
+        operation = self._transport.begin("combine", agreed_by_combine(args))
         dst_rank = torch.where(
             handle.topk_idx >= 0, handle.topk_idx.long() // (handle.num_experts // self._topology.num_ranks), -1
         )
@@ -200,7 +207,7 @@ class CollectiveBackend:
         self, operation: Operation, args: CombineArgs, dst_rank: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Send each expert's row by itself, for a single rounding at the source."""
-        plan = args.handle.plan
+        plan = _plan_of(args.handle)
         row_of_entry = _canonical_metadata(args.handle)[:, 2:].long()
         num_entries = (row_of_entry >= 0).sum(1)
         num_back = [int(chunk.sum()) for chunk in num_entries.split(plan.num_recv_rows)]
@@ -210,44 +217,6 @@ class CollectiveBackend:
             args.x[row_of_entry[row_of_entry >= 0]], num_back, by_rank.num_rows.tolist(), "expert rows back"
         )
         return rows, by_rank.row_idx
-
-
-def _agreed_by_dispatch(args: DispatchArgs) -> list[AgreedField]:
-    weights_dtype = None if args.topk_weights is None else args.topk_weights.dtype
-    return [
-        AgreedField(name="num_experts", value=args.num_experts),
-        AgreedField(name="num_max_tokens_per_rank", value=args.num_max_tokens_per_rank),
-        AgreedField(name="hidden size of x", value=args.x.size(1)),
-        AgreedField.of_dtype("dtype of x", args.x.dtype),
-        AgreedField(name="num_topk", value=args.num_topk),
-        AgreedField(name="expert_alignment", value=args.expert_alignment),
-        AgreedField(name="do_expand", value=int(args.do_expand), show=_show_bool),
-        AgreedField(name="number of scale packs", value=0 if args.sf is None else args.sf.size(1)),
-        AgreedField.of_dtype("dtype of topk_weights", weights_dtype),
-        AgreedField(name="handle", value=_handle_idx(args.handle), show=_show_handle),
-    ]
-
-
-def _agreed_by_combine(args: CombineArgs) -> list[AgreedField]:
-    weights_dtype = None if args.topk_weights is None else args.topk_weights.dtype
-    return [
-        AgreedField(name="handle", value=_handle_idx(args.handle), show=_show_handle),
-        AgreedField(name="hidden size of x", value=args.x.size(1)),
-        AgreedField.of_dtype("dtype of x", args.x.dtype),
-        AgreedField.of_dtype("dtype of topk_weights", weights_dtype),
-    ]
-
-
-def _handle_idx(handle: EPHandle | None) -> int:
-    return 0 if handle is None else handle.dispatch_idx
-
-
-def _show_handle(value: int) -> str:
-    return "none" if value == 0 else f"that of dispatch number {value} of this buffer"
-
-
-def _show_bool(value: int) -> str:
-    return str(bool(value))
 
 
 def _exchange_tokens(operation: Operation, args: DispatchArgs, plan: RoutingPlan, *, num_rows: int) -> _Arrived:
@@ -343,13 +312,13 @@ def _padding_rows(handle: EPHandle, dst_row: torch.Tensor) -> torch.Tensor:
 
 def _received_order(handle: EPHandle) -> torch.Tensor | None:
     """The order that brings permuted rows back to (source rank, token); None where they never left it."""
-    source = handle.recv_src_metadata[: handle.plan.num_recv, 0]
+    source = handle.recv_src_metadata[: _plan_of(handle).num_recv, 0]
     return None if bool((source[1:] > source[:-1]).all()) else source.argsort()
 
 
 def _canonical_metadata(handle: EPHandle) -> torch.Tensor:
     """The real rows of the metadata, ordered by (source rank, token)."""
-    metadata = handle.recv_src_metadata[: handle.plan.num_recv]
+    metadata = handle.recv_src_metadata[: _plan_of(handle).num_recv]
     order = _received_order(handle)
     return metadata if order is None else metadata[order]
 
@@ -360,7 +329,7 @@ def _one_row_per_token(args: CombineArgs) -> tuple[torch.Tensor, torch.Tensor | 
     if not handle.do_expand:
         order = _received_order(handle)
         if order is None:
-            head = slice(handle.plan.num_recv)
+            head = slice(_plan_of(handle).num_recv)
             return args.x[head], None if args.topk_weights is None else args.topk_weights[head]
         return args.x[order], None if args.topk_weights is None else args.topk_weights[order]
     row_of_entry = _canonical_metadata(handle)[:, 2:].long()
@@ -371,3 +340,9 @@ def _one_row_per_token(args: CombineArgs) -> tuple[torch.Tensor, torch.Tensor | 
     weights = args.topk_weights.new_zeros(row_of_entry.shape)
     weights[is_local] = args.topk_weights[row_of_entry[is_local]]
     return rows, weights
+
+
+def _plan_of(handle: EPHandle) -> RoutingPlan:
+    plan = handle.plan
+    assert isinstance(plan, RoutingPlan), "handles of other backends do not come here"
+    return plan

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-__all__ = ["EPHandle", "RoutingPlan"]
+__all__ = ["EPHandle", "Plan", "RoutingPlan"]
+
+
+class Plan(Protocol):
+    """What a backend needs to repeat or to reverse a dispatch; private to the backends."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RoutingPlan:
-    """What a backend needs to repeat or to reverse a dispatch; private to the backends.
+    """The plan of the collective backend.
 
     Attributes:
         send_token_idx: `[num_sent]` int64: the token of each sent row, ordered by (destination rank, token).
@@ -34,6 +42,10 @@ class RoutingPlan:
     def num_recv(self) -> int:
         """Number of rows received, exact."""
         return sum(self.num_recv_rows)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of it."""
+        return [self.send_token_idx, self.sent_row_idx, self.slot_idx, self.is_master]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -86,7 +98,7 @@ class EPHandle:
     token_metadata_at_forward: torch.Tensor | None = None
     channel_linked_list: torch.Tensor | None = None
     cached_recv_src_metadata_before_sort: torch.Tensor | None = None
-    plan: RoutingPlan = field(repr=False)
+    plan: Plan = field(repr=False)
     # Which buffer made it, and its how-manieth dispatch: both are compared before a handle is used.
     buffer_id: int = field(repr=False)
     dispatch_idx: int = field(repr=False)
@@ -115,8 +127,5 @@ class EPHandle:
             self.num_unaligned_recv_tokens_per_expert,
             self.recv_src_metadata,
             self.dst_buffer_slot_idx,
-            self.plan.send_token_idx,
-            self.plan.sent_row_idx,
-            self.plan.slot_idx,
-            self.plan.is_master,
+            *self.plan.tensors(),
         ]

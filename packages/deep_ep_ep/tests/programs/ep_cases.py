@@ -7,13 +7,24 @@ pass. Comparisons are to the bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from deep_ep_ep import ElasticBuffer, EPHandle, reference
 from deep_ep_ep.quant import cast_to_fp8
+
+
+@dataclass
+class Setting:
+    """Where cases run in this process, unless they say otherwise."""
+
+    device: str = "cpu"
+    options: dict[str, object] = field(default_factory=dict)
+
+
+SETTING = Setting()
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Case:
     num_max_tokens_per_rank: int = 48
     num_biases: int = 0
     column_major_input_sf: bool = False
-    device: str = "cpu"
+    device: str = field(default_factory=lambda: SETTING.device)
 
     @property
     def num_ranks(self) -> int:
@@ -303,7 +314,7 @@ def make_buffer(case: Case, **options: object) -> ElasticBuffer:
         "explicitly_destroy": True,
         "num_cpu_timeout_secs": 60,
     }
-    return ElasticBuffer(**{**arguments, **options})  # type: ignore[arg-type]
+    return ElasticBuffer(**{**arguments, **SETTING.options, **options})  # type: ignore[arg-type]
 
 
 def with_ranks(case: Case) -> Case:

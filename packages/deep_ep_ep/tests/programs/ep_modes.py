@@ -201,14 +201,12 @@ def case_of(mode: Mode, num_tokens: tuple[int, ...]) -> Case:
 UNEVEN = (33, 31, 1, 20)
 
 
-def check_all_modes(
-    first: int = 0, step: int = 1, options: dict[str, object] | None = None, device: str = "cpu"
-) -> int:
+def check_all_modes(first: int = 0, step: int = 1, options: dict[str, object] | None = None) -> int:
     """Run modes first, first + step, ... on one buffer; returns how many ran."""
     modes = all_modes()[first::step]
     buffer = None
     for mode in modes:
-        case = replace(with_ranks(case_of(mode, UNEVEN)), device=device)
+        case = with_ranks(case_of(mode, UNEVEN))
         buffer = buffer or make_buffer(case, **(options or {}))
         check_round_trip(buffer, Expected.of(case), mode)
     assert buffer is not None
@@ -276,11 +274,11 @@ def check_interleaved() -> None:
     for name, case in (("first", first), ("second", second)):
         expected = Expected.of(case)
         sent = expected.sent[rank]
-        x = sent.x if sent.sf is None else (sent.x, sent.sf)
+        x = to_device(case, sent.x if sent.sf is None else (sent.x, sent.sf))
         for do_expand in (False, True):
             results = buffer.dispatch(
                 x,
-                topk_idx=sent.topk_idx,
+                topk_idx=to_device(case, sent.topk_idx),
                 num_experts=case.num_experts,
                 expert_alignment=case.expert_alignment,
                 do_expand=do_expand,
@@ -298,11 +296,12 @@ def check_permuted_rows() -> None:
     expected = Expected.of(case)
     buffer, rank = make_buffer(case), dist.get_rank()
     sent = expected.sent[rank]
-    *_, handle, _ = buffer.dispatch(sent.x, topk_idx=sent.topk_idx, num_experts=case.num_experts)
+    x, topk_idx = to_device(case, (sent.x, sent.topk_idx))
+    *_, handle, _ = buffer.dispatch(x, topk_idx=topk_idx, num_experts=case.num_experts)
     outputs = expected.token_major_outputs()
     order = torch.randperm(handle.num_recv_tokens, generator=torch.Generator().manual_seed(1))
-    handle.recv_src_metadata = handle.recv_src_metadata[order]
-    combined, _, _ = buffer.combine(outputs[rank][order], handle)
+    handle.recv_src_metadata = handle.recv_src_metadata[to_device(case, order)]
+    combined, _, _ = buffer.combine(to_device(case, outputs[rank][order]), handle)
     expected_sum = reference.combine(
         rank, sent.topk_idx, outputs, expected.received, num_experts=case.num_experts, is_expanded=False
     )
@@ -314,9 +313,10 @@ def check_repeated(num_rounds: int = 100) -> None:
     """The same dispatch gives the same bytes every time."""
     case = with_ranks(Case(num_tokens=UNEVEN))
     buffer, sent = make_buffer(case), Expected.of(case).sent[dist.get_rank()]
+    x, topk_idx = to_device(case, (sent.x, sent.topk_idx))
     digests = set()
     for _ in range(num_rounds):
-        recv_x, recv_idx, _, handle, _ = buffer.dispatch(sent.x, topk_idx=sent.topk_idx, num_experts=case.num_experts)
+        recv_x, recv_idx, _, handle, _ = buffer.dispatch(x, topk_idx=topk_idx, num_experts=case.num_experts)
         parts = [recv_x, recv_idx, handle.recv_src_metadata]
         digests.add(hashlib.sha256(b"".join(as_bytes(part).numpy().tobytes() for part in parts)).hexdigest())
     assert len(digests) == 1, digests

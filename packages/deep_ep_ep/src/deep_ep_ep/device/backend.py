@@ -1,0 +1,182 @@
+"""Owns the device backend as `ElasticBuffer` sees it: which calls the kernels take, and how the backend is opened."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from deep_ep_core.errors import CompileError, ConfigError, DeepEPError, TopologyError, TransportError
+from deep_ep_core.jit import get_kernel
+from deep_ep_core.nccl import Communicator
+from deep_ep_core.stream import CommScope, comm_stream
+from deep_ep_core.transport import CollectiveTransport
+from deep_ep_ep.backend import CombineResult, DispatchResult
+from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs, rejected
+from deep_ep_ep.collective import CollectiveBackend
+from deep_ep_ep.device.combine import Combiner
+from deep_ep_ep.device.combine_kernel import combine_spec
+from deep_ep_ep.device.context import MAX_NUM_EXPERTS, DeviceContext, RecvMemory
+from deep_ep_ep.device.dispatch import Dispatcher
+from deep_ep_ep.device.dispatch_kernel import DispatchConfig, dispatch_spec
+from deep_ep_ep.device.plan import DevicePlan
+from deep_ep_ep.handle import EPHandle
+
+__all__ = ["OPEN_DEVICE", "DeviceBackend", "open_context"]
+
+OPEN_DEVICE = "open the device backend"
+"""Name of the operation of the transport by which ranks agree to use this backend."""
+
+
+class DeviceBackend:
+    """Moves rows by CUDA kernels; hands calls that these do not take to the collective backend.
+
+    Args:
+        context: The memory and the kernels.
+        collective: The backend for other calls: tensors on the CPU, float64 weights, more experts than a plan has room
+            for.
+        facts: What the buffer's checks know.
+    """
+
+    name = "device"
+
+    def __init__(self, context: DeviceContext, collective: CollectiveBackend, facts: BufferFacts) -> None:
+        self._context = context
+        self._collective = collective
+        self._facts = facts
+        self._dispatcher = Dispatcher(context, facts)
+        self._combiner = Combiner(context, facts)
+
+    def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
+        """Send each token to the ranks of its experts, and lay out what arrives."""
+        if not self._takes_dispatch(args):
+            return self._collective.dispatch(args, scope)
+        result = self._dispatcher.dispatch(args, scope)
+        self._record(result.recv_x, scope)
+        return result
+
+    def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:
+        """Bring rows back to the ranks of their tokens, and sum them."""
+        if not isinstance(args.handle.plan, DevicePlan):
+            return self._collective.combine(args, scope)
+        if args.topk_weights is not None and args.topk_weights.dtype != torch.float32:
+            raise rejected(
+                self._facts.rank,
+                "topk_weights of a combine on the device backend must be float32",
+                args.topk_weights.dtype,
+                'cast them, or make the buffer with backend="collective"',
+            )
+        return self._combiner.combine(args, scope)
+
+    def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """A tensor in the window for the rows of a combine; None where there is no room, or another backend is used."""
+        if not isinstance(handle.plan, DevicePlan):
+            return None
+        num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
+        return self._context.memory.heap.try_empty((num_rows, hidden), dtype)
+
+    def barrier(self, *, use_comm_stream: bool, with_cpu_sync: bool) -> None:
+        """Let no rank's stream go on until those of all ranks have come; the host does not wait without a CPU sync."""
+        context = self._context
+        context.check()
+        device = context.device
+        if with_cpu_sync:
+            torch.cuda.synchronize(device)
+            context.check()
+        current = torch.cuda.current_stream(device)
+        stream = comm_stream(device) if use_comm_stream else current
+        assert isinstance(stream, torch.cuda.Stream)
+        if stream != current:
+            stream.wait_stream(current)
+        context.barrier.enqueue(stream)
+        if stream != current:
+            current.wait_stream(stream)
+        if with_cpu_sync:
+            torch.cuda.synchronize(device)
+            context.check()
+
+    def report_rejection(self, operation: str, reason: str) -> None:
+        """Tell the peers that this rank refuses an operation."""
+        self._collective.report_rejection(operation, reason)
+
+    def close(self) -> None:
+        """Let go of the window; not collective, may be called more than once."""
+        self._context.close()
+
+    def _takes_dispatch(self, args: DispatchArgs) -> bool:
+        if args.handle is not None:
+            return isinstance(args.handle.plan, DevicePlan)
+        return (
+            args.x.device == self._context.device
+            and args.num_experts <= MAX_NUM_EXPERTS
+            and (args.topk_weights is None or args.topk_weights.dtype == torch.float32)
+        )
+
+    def _record(self, tensor: torch.Tensor, scope: CommScope) -> None:
+        """Torch records no stream for memory of the heap."""
+        if scope.compute_stream is not None and self._context.memory.offset_of(tensor) is not None:
+            self._context.memory.heap.record_stream(tensor, scope.compute_stream)
+
+
+def open_context(
+    transport: CollectiveTransport,
+    communicator: Communicator,
+    *,
+    num_bytes: int,
+    recv_memory: RecvMemory,
+    gpu_timeout_s: float,
+) -> DeviceContext:
+    """Make the memory, and the kernels that every buffer needs, on all ranks or on none.
+
+    Args:
+        transport: Row exchanges of the group, with an operation `OPEN_DEVICE`.
+        communicator: NCCL's communicator of the ranks.
+        num_bytes: Size of the buffer.
+        recv_memory: Where received rows live.
+        gpu_timeout_s: How long kernels wait for a rank.
+
+    Raises:
+        TopologyError: The ranks are not of one LSA team.
+        TransportError: There is not enough memory, or another rank has no device backend.
+        CompileError: A kernel does not compile.
+        ConfigError: A part that is needed is not installed.
+
+    Collective: yes.
+    """
+    gpu = torch.cuda.get_device_properties(communicator.device)
+    gpu_name = f"{getattr(gpu, 'uuid', '')} {gpu.name}"
+    gpu_id = int.from_bytes(hashlib.sha256(gpu_name.encode()).digest()[:7], "little")
+    operation = transport.begin(OPEN_DEVICE, [], [[gpu_id]] * transport.num_ranks)
+    shares_gpu = all(values[0] == gpu_id for values in operation.peer_values)
+    context: DeviceContext | None = None
+    failure: DeepEPError | None = None
+    try:
+        context = DeviceContext(
+            communicator, num_bytes=num_bytes, recv_memory=recv_memory, timeout_s=gpu_timeout_s, shares_gpu=shares_gpu
+        )
+        _load_kernels(context)
+    except (TransportError, TopologyError, CompileError, ConfigError) as error:
+        # Told to the others before it is raised: they must not begin to use what a rank does not have.
+        failure = error
+    ready = transport.begin(OPEN_DEVICE, [], [[int(failure is None)]] * transport.num_ranks)
+    if all(values[0] for values in ready.peer_values):
+        assert context is not None
+        return context
+    if context is not None:
+        context.close()
+    if failure is not None:
+        raise failure
+    missing = [rank for rank, values in enumerate(ready.peer_values) if not values[0]]
+    raise TransportError(
+        f"all ranks must open the device backend (got a failure on rank {', '.join(map(str, missing))}, seen on rank "
+        f"{transport.rank}); the error of that rank says why"
+    )
+
+
+def _load_kernels(context: DeviceContext) -> None:
+    """Compile what the usual calls launch, or take it from the cache: no rank shall wait for one that compiles."""
+    assert context.device.index is not None
+    for has_plan, has_place in ((True, False), (False, True), (True, True)):
+        config = DispatchConfig(has_plan=has_plan, has_place=has_place, is_idx64=True)
+        get_kernel(dispatch_spec(config), context.device.index)
+    get_kernel(combine_spec(dtype=torch.bfloat16, idx_dtype=torch.int64), context.device.index)

@@ -1,0 +1,209 @@
+"""Owns what the operations of one device backend share: window, device state, kernels, and the news of failures.
+
+It moves nothing: `dispatch` and `combine` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from deep_ep_core.align import align_up, ceil_div
+from deep_ep_core.barrier import LSA_BARRIER_SLOT_BYTES, LsaBarrier
+from deep_ep_core.errors import TopologyError
+from deep_ep_core.jit import KernelSpec, LaunchShape, PreparedLaunch, get_kernel
+from deep_ep_core.lsa_team import LsaTeam, make_lsa_team
+from deep_ep_core.nccl import Communicator
+from deep_ep_core.transport import AgreedField
+from deep_ep_core.wait import TimeoutLog, WaitParams
+from deep_ep_core.window import ControlRegion, SymmetricMemory
+from deep_ep_ep.device.failures import raise_failure
+from deep_ep_ep.device.opening import OPENING_SLOTS_BYTES
+from deep_ep_ep.device.state import ARRIVALS_BYTES, PHASES, RANK_STATE_BYTES
+
+__all__ = ["MAX_NUM_EXPERTS", "DeviceContext", "RecvMemory", "WindowSizes", "window_sizes"]
+
+MAX_NUM_EXPERTS = 1920
+"""The most experts that a plan has shared memory for, on any number of ranks that a team may have."""
+
+RecvMemory = Literal["auto", "window", "torch"]
+"""Where received rows live: see `ElasticBuffer`."""
+
+_OPENING = "ep.opening"
+_COUNTS = "ep.counts"
+_ARRIVALS = "ep.arrivals"
+_BARRIER = "ep.barrier"
+_STAGE = "ep.stage"
+_MESSAGE_BYTES = 16
+# Room for the alignment of the parts of the stage.
+_STAGE_SLACK_BYTES = 4096
+# With more ranks than this, rows of one rank are far fewer than the worst case: a token has rarely more experts.
+_MAX_KEPT_RANKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowSizes:
+    """How the memory of a buffer is divided.
+
+    Attributes:
+        stage_bytes: Memory of one operation at a time: side records, and rows that are copied on.
+        heap_bytes: Memory of results that stay in the window.
+    """
+
+    stage_bytes: int
+    heap_bytes: int
+
+
+def window_sizes(num_bytes: int, *, num_ranks: int, recv_memory: RecvMemory) -> WindowSizes:
+    """Divide the memory of a buffer.
+
+    "torch" has a stage of `num_bytes`, which is the worst case of one operation. "auto" has the same and beside it a
+    heap for results: `num_bytes` on up to 8 ranks, and 8 / num_ranks of it on more. "window" has only a heap, of
+    `num_bytes`.
+
+    Args:
+        num_bytes: Size of the buffer, as callers give it.
+        num_ranks: Ranks of the group.
+        recv_memory: Where received rows live.
+    """
+    if recv_memory == "window":
+        return WindowSizes(stage_bytes=0, heap_bytes=num_bytes)
+    kept = 0 if recv_memory == "torch" else ceil_div(num_bytes * min(num_ranks, _MAX_KEPT_RANKS), num_ranks)
+    return WindowSizes(stage_bytes=num_bytes + _STAGE_SLACK_BYTES, heap_bytes=kept)
+
+
+class DeviceContext:
+    """The memory and the kernels of one buffer on one rank.
+
+    Args:
+        communicator: The ranks, all of one LSA team.
+        num_bytes: Size of the buffer.
+        recv_memory: Where received rows live; the same on every rank.
+        timeout_s: How long a kernel waits for a peer.
+        shares_gpu: Whether all ranks run on one GPU.
+
+    Attributes:
+        communicator: The ranks.
+        device: Device of this rank.
+        recv_memory: Where received rows live.
+        memory: The window.
+        shares_gpu: Whether all ranks run on one GPU.
+        log: Where kernels report what went wrong.
+        team: The table of the team, for kernel parameters.
+        wait: Deadlines, for kernel parameters.
+        state_address: The rank's `RankState`.
+        stage_offset: Offset of the stage in the window; None in a buffer that has none.
+        fields: What the operation that runs must agree on, to name what does not.
+
+    Raises:
+        TopologyError: The ranks are not of one LSA team.
+        TransportError: There is not enough memory, or NCCL could not register it.
+
+    Collective: the constructor is; `close` is not.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        *,
+        num_bytes: int,
+        recv_memory: RecvMemory,
+        timeout_s: float,
+        shares_gpu: bool,
+    ) -> None:
+        num_ranks = communicator.num_ranks
+        if communicator.lsa.num_ranks != num_ranks:
+            raise TopologyError(
+                f"the device backend needs all ranks in one LSA team (got teams of {communicator.lsa.num_ranks} of "
+                f"{num_ranks} ranks, on rank {communicator.rank}): this version has no kernels for several nodes; use "
+                'backend="collective", or unset NCCL_LSA_TEAM_SIZE'
+            )
+        self.communicator = communicator
+        self.device = communicator.device
+        self.rank, self.num_ranks = communicator.rank, num_ranks
+        self.recv_memory = recv_memory
+        self.shares_gpu = shares_gpu
+        self.counts_capacity = ceil_div(num_ranks + MAX_NUM_EXPERTS, 2)
+        sizes = window_sizes(num_bytes, num_ranks=num_ranks, recv_memory=recv_memory)
+        regions = [
+            ControlRegion(name=_OPENING, num_bytes=OPENING_SLOTS_BYTES),
+            ControlRegion(name=_COUNTS, num_bytes=2 * num_ranks * self.counts_capacity * _MESSAGE_BYTES),
+            ControlRegion(name=_ARRIVALS, num_bytes=ARRIVALS_BYTES),
+            ControlRegion(name=_BARRIER, num_bytes=LSA_BARRIER_SLOT_BYTES),
+        ]
+        if sizes.stage_bytes:
+            regions.append(ControlRegion(name=_STAGE, num_bytes=sizes.stage_bytes, alignment=256))
+        self.memory = SymmetricMemory(communicator, regions=regions, heap_bytes=sizes.heap_bytes)
+        layout = self.memory.layout
+        self.opening_offset = layout.offset_of(_OPENING)
+        self.counts_offset = layout.offset_of(_COUNTS)
+        self.arrivals_offset = layout.offset_of(_ARRIVALS)
+        self.stage_offset = layout.offset_of(_STAGE) if sizes.stage_bytes else None
+        self.stage_bytes = sizes.stage_bytes
+        self._state = torch.zeros(RANK_STATE_BYTES, dtype=torch.uint8, device=self.device)
+        self.state_address: int = self._state.data_ptr()
+        self.log = TimeoutLog(rank=self.rank, device=self.device)
+        self.wait: WaitParams = self.log.params(first_phase=self.log.add_phases(PHASES), timeout_s=timeout_s)
+        self.team: LsaTeam = make_lsa_team(self.memory, rank=self.rank)
+        self.barrier = LsaBarrier(
+            self.memory,
+            slot_offset=layout.offset_of(_BARRIER),
+            rank=self.rank,
+            log=self.log,
+            timeout_s=timeout_s,
+            phase="barrier",
+        )
+        # Read by the host behind an event; of the experts of one rank there are never more than of all.
+        self.host_counts = torch.zeros(1 + MAX_NUM_EXPERTS, dtype=torch.int32, pin_memory=True)
+        self.fields: tuple[AgreedField, ...] = ()
+        self._launches: dict[object, PreparedLaunch] = {}
+        # What other streams used last is done: kernels of the communication stream may begin.
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def launch(self, key: object, make: Callable[[], tuple[KernelSpec, LaunchShape]]) -> PreparedLaunch:
+        """The launch that belongs to a key; made, and its kernel compiled, the first time."""
+        found = self._launches.get(key)
+        if found is None:
+            spec, shape = make()
+            assert self.device.index is not None
+            found = self._launches[key] = PreparedLaunch(get_kernel(spec, self.device.index), shape)
+        return found
+
+    def check(self) -> None:
+        """Raise what a kernel has reported. No CUDA call.
+
+        Raises:
+            RankMismatchError: Ranks opened an operation with different arguments.
+            ConfigError: A rank passed expert ids that cannot be.
+            CommTimeoutError: A rank did not come.
+        """
+        if self.log.has_record:
+            raise_failure(self.log, self.fields, self._opened_values)
+
+    def begin(self, fields: Sequence[AgreedField]) -> None:
+        """An operation begins, with what its ranks must agree on. Raises what an earlier one has reported."""
+        self.check()
+        self.fields = tuple(fields)
+
+    def close(self) -> None:
+        """Let go of the window; a second call does nothing. Collective: no."""
+        self.memory.close()
+        self.communicator.close()
+
+    def _opened_values(self, value_idx: int) -> list[int]:
+        """What each rank opened the last operation with, at a place among the agreed values."""
+        slots = self.memory.control(_OPENING, torch.int64).view(2, -1, OPENING_SLOTS_BYTES // (2 * 72 * 16), 2)
+        epoch = int(self._state[:8].view(torch.int64).item())
+        words = slots[epoch % 2, : self.num_ranks, value_idx // 2, value_idx % 2]
+        return [int(word) & 0xFFFFFFFF for word in words.tolist()]
+
+    def __repr__(self) -> str:
+        return f"DeviceContext(rank {self.rank} of {self.num_ranks}, {self.recv_memory}, {self.memory!r})"
+
+
+def stage_part(offset: int, num_bytes: int) -> tuple[int, int]:
+    """A part of the stage that begins at `offset`: where, and where the next one may begin."""
+    return offset, align_up(offset + num_bytes, 256)

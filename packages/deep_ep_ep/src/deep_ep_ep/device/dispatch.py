@@ -1,0 +1,324 @@
+"""Owns dispatch on the device backend: memory for the results, the kernel's parameters, and the handle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deep_ep_core.align import align_up
+from deep_ep_core.stream import CommScope
+from deep_ep_ep.agreed import agreed_by_dispatch
+from deep_ep_ep.backend import DispatchResult
+from deep_ep_ep.checks import BufferFacts, DispatchArgs
+from deep_ep_ep.device.context import DeviceContext
+from deep_ep_ep.device.dispatch_kernel import (
+    DispatchConfig,
+    DispatchParams,
+    RowStages,
+    dispatch_launch_shape,
+    dispatch_spec,
+    row_stages,
+    side_bytes,
+)
+from deep_ep_ep.device.opening import BY_EXPERT, OperationKind, agreed_fields, set_agreed
+from deep_ep_ep.device.plan import DevicePlan, version_of
+from deep_ep_ep.handle import EPHandle
+from deep_ep_ep.quant import new_tma_aligned_col_major
+from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
+
+__all__ = ["Dispatcher"]
+
+# Tokens that a block counts at a time, `kTileTokens`: up to so many, blocks need no memory to add up their counts.
+_TILE_TOKENS = 512
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sums:
+    """The part of a new handle that the plan fills in."""
+
+    topk_idx: torch.Tensor
+    row_ends: torch.Tensor
+    expert_ends: torch.Tensor
+    num_expert_rows: torch.Tensor
+    dst_slot: torch.Tensor
+    row_of_entry: torch.Tensor
+    expert_row_of_entry: torch.Tensor
+    num_send_rows: torch.Tensor
+    block_counts: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Rows of the results."""
+
+    num_recv: int
+    num_expanded: int
+    expert_counts: list[int]
+
+
+class Dispatcher:
+    """Dispatches through a context. Calls are made under a `CommScope`, one at a time.
+
+    Args:
+        context: The memory and the kernels.
+        facts: What the buffer's checks know.
+    """
+
+    def __init__(self, context: DeviceContext, facts: BufferFacts) -> None:
+        self._context = context
+        self._facts = facts
+        self._num_dispatches = 0
+        params = DispatchParams.__new__(DispatchParams)
+        params.team, params.wait = context.team, context.wait
+        params.state = context.state_address
+        params.opening_offset = context.opening_offset
+        params.counts_offset = context.counts_offset
+        params.arrivals_offset = context.arrivals_offset
+        params.counts_capacity = context.counts_capacity
+        params.fans_out_at_sender = context.shares_gpu
+        self._params = params
+
+    def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
+        """Send each token to the ranks of its experts, and lay out what arrives."""
+        context, params, handle = self._context, self._params, args.handle
+        agreed = agreed_by_dispatch(args)
+        self._set_arguments(args)
+        stages = row_stages(params.row_bytes, params.side_bytes)
+        params.num_stages, params.piece_bytes = stages.num_stages, stages.piece_bytes
+        if handle is not None:
+            context.begin(agreed_fields(OperationKind.PLACE, agreed))
+            self._set_plan(handle)
+            sizes = _Sizes(
+                num_recv=handle.num_recv_tokens,
+                num_expanded=handle.num_expanded_tokens,
+                expert_counts=handle.num_recv_tokens_per_expert_list,
+            )
+            sums, has_plan = None, False
+        else:
+            sums = self._new_sums(args)
+            self._set_sums(args, sums)
+            if args.do_cpu_sync:
+                context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
+                sizes, has_plan = self._plan_and_read(args, stages), False
+                context.begin(agreed_fields(OperationKind.PLACE, agreed))
+            else:
+                context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
+                sizes, has_plan = self._worst_case(args), True
+        # One kernel does the epilogue too, so all of it comes behind that event.
+        scope.wait_before_epilogue()
+        return self._place(args, sums, sizes, stages, has_plan)
+
+    def _set_arguments(self, args: DispatchArgs) -> None:
+        params, sf = self._params, args.sf
+        params.x, params.topk_idx = args.x.data_ptr(), args.topk_idx.data_ptr()
+        params.sf = None if sf is None else sf.data_ptr()
+        params.sf_token_stride, params.sf_pack_stride = (0, 0) if sf is None else sf.stride()
+        params.topk_weights = None if args.topk_weights is None else args.topk_weights.data_ptr()
+        params.num_tokens, params.num_topk = args.topk_idx.shape
+        params.num_experts, params.num_max_tokens = args.num_experts, args.num_max_tokens_per_rank
+        params.expert_alignment = args.expert_alignment
+        params.row_bytes = args.x.size(1) * args.x.element_size()
+        params.num_sf_packs = 0 if sf is None else sf.size(1)
+        params.do_expand, params.do_zero_padding = args.do_expand, args.do_zero_padding
+        params.side_bytes = side_bytes(
+            num_topk=params.num_topk,
+            num_sf_packs=params.num_sf_packs,
+            has_weights=args.topk_weights is not None,
+            do_expand=args.do_expand,
+        )
+        # A tensor without elements has no address, and null means that there is none.
+        if params.num_tokens == 0 and args.topk_weights is not None:
+            params.topk_weights = self._context.state_address
+
+    # The plan
+
+    def _new_sums(self, args: DispatchArgs) -> _Sums:
+        context, device, params = self._context, self._context.device, self._params
+        num_tokens, num_topk = params.num_tokens, params.num_topk
+        num_local_experts = args.num_experts // context.num_ranks
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        num_columns = context.num_ranks + args.num_experts
+        return _Sums(
+            topk_idx=torch.empty_like(args.topk_idx) if args.do_handle_copy else args.topk_idx,
+            row_ends=ints(context.num_ranks),
+            expert_ends=ints(num_local_experts),
+            num_expert_rows=ints(num_local_experts),
+            dst_slot=ints(num_tokens, num_topk),
+            row_of_entry=ints(num_tokens, num_topk),
+            expert_row_of_entry=ints(num_tokens if args.do_expand else 0, num_topk),
+            num_send_rows=ints(context.num_ranks),
+            block_counts=ints(args.num_sms, num_columns) if num_tokens > _TILE_TOKENS else None,
+        )
+
+    def _set_sums(self, args: DispatchArgs, sums: _Sums) -> None:
+        params = self._params
+        params.block_counts = None if sums.block_counts is None else sums.block_counts.data_ptr()
+        params.row_of_entry = sums.row_of_entry.data_ptr()
+        params.expert_row_of_entry = sums.expert_row_of_entry.data_ptr()
+        params.num_send_rows, params.recv_row_ends = sums.num_send_rows.data_ptr(), sums.row_ends.data_ptr()
+        params.dst_slot = sums.dst_slot.data_ptr()
+        params.topk_idx_copy = sums.topk_idx.data_ptr() if args.do_handle_copy else None
+        params.expert_ends, params.num_expert_rows = sums.expert_ends.data_ptr(), sums.num_expert_rows.data_ptr()
+        params.recv_stats = None if args.recv_stats is None else args.recv_stats.data_ptr()
+
+    def _set_plan(self, handle: EPHandle) -> None:
+        params, plan = self._params, handle.plan
+        assert isinstance(plan, DevicePlan), "handles of other backends do not come here"
+        params.block_counts = params.dst_slot = params.topk_idx_copy = params.recv_stats = None
+        params.row_of_entry = plan.row_of_entry.data_ptr()
+        params.expert_row_of_entry = plan.expert_row_of_entry.data_ptr()
+        params.num_send_rows = plan.num_send_rows.data_ptr()
+        params.recv_row_ends = handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()
+        params.expert_ends = handle.psum_num_recv_tokens_per_expert.data_ptr()
+        params.num_expert_rows = handle.num_unaligned_recv_tokens_per_expert.data_ptr()
+
+    def _plan_and_read(self, args: DispatchArgs, stages: RowStages) -> _Sizes:
+        """Plan, and wait on the host for the counts. The interpreter is free for other threads meanwhile."""
+        context, params = self._context, self._params
+        num_local_experts = args.num_experts // context.num_ranks
+        params.host_counts = context.host_counts.data_ptr()
+        params.opening.told[:] = (0, 0)
+        set_agreed(params.opening, context.fields)
+        self._launch(args, stages, has_plan=True, has_place=False)
+        torch.cuda.current_stream(context.device).synchronize()
+        context.check()
+        num_recv, *expert_counts = context.host_counts[: 1 + num_local_experts].tolist()
+        return _Sizes(num_recv=num_recv, num_expanded=sum(expert_counts), expert_counts=expert_counts)
+
+    def _worst_case(self, args: DispatchArgs) -> _Sizes:
+        num_ranks = self._context.num_ranks
+        return _Sizes(
+            num_recv=max_recv_tokens(num_ranks, args.num_max_tokens_per_rank),
+            num_expanded=max_expanded_tokens(
+                num_ranks,
+                args.num_max_tokens_per_rank,
+                args.num_topk,
+                args.num_experts // num_ranks,
+                args.expert_alignment,
+            ),
+            expert_counts=[],
+        )
+
+    # The rows
+
+    def _place(
+        self, args: DispatchArgs, sums: _Sums | None, sizes: _Sizes, stages: RowStages, has_plan: bool
+    ) -> DispatchResult:
+        context, params, device, num_topk = self._context, self._params, self._context.device, args.num_topk
+        num_rows = sizes.num_expanded if args.do_expand else sizes.num_recv
+        recv_x = self._new_rows(args, num_rows, sizes.num_recv)
+        recv_topk_idx = recv_weights = recv_sf = metadata = None
+        if not args.do_expand:
+            recv_topk_idx = torch.empty(num_rows, num_topk, dtype=args.topk_idx.dtype, device=device)
+        if args.topk_weights is not None:
+            shape = (num_rows,) if args.do_expand else (num_rows, num_topk)
+            recv_weights = torch.empty(shape, dtype=torch.float32, device=device)
+        if args.sf is not None:
+            if args.use_tma_aligned_col_major_sf:
+                recv_sf = new_tma_aligned_col_major(args.sf, num_rows)
+            else:
+                recv_sf = args.sf.new_empty(num_rows, args.sf.size(1))
+        if sums is not None:
+            metadata = torch.empty(sizes.num_recv, num_topk + 2, dtype=torch.int32, device=device)
+        params.recv_x = recv_x.data_ptr()
+        params.recv_topk_idx = None if recv_topk_idx is None else recv_topk_idx.data_ptr()
+        params.recv_topk_weights = None if recv_weights is None else recv_weights.data_ptr()
+        params.recv_sf = None if recv_sf is None else recv_sf.data_ptr()
+        params.recv_sf_row_stride, params.recv_sf_pack_stride = (0, 0) if recv_sf is None else recv_sf.stride()
+        params.metadata = None if metadata is None else metadata.data_ptr()
+        params.host_counts = None
+        set_agreed(params.opening, context.fields)
+        self._launch(args, stages, has_plan=has_plan, has_place=True)
+        if args.handle is not None:
+            handle = args.handle
+        else:
+            assert sums is not None
+            assert metadata is not None
+            handle = self._make_handle(args, sums, sizes, metadata)
+        return DispatchResult(
+            recv_x=recv_x,
+            recv_sf=recv_sf,
+            recv_topk_idx=recv_topk_idx,
+            recv_topk_weights=recv_weights,
+            handle=handle,
+        )
+
+    def _new_rows(self, args: DispatchArgs, num_rows: int, num_recv: int) -> torch.Tensor:
+        """The tensor for the rows, and where peers send them: to itself, if it is in the window, else to the stage."""
+        context, params, heap = self._context, self._params, self._context.memory.heap
+        shape = (num_rows, args.x.size(1))
+        num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
+        is_whole = context.recv_memory == "window"
+        # Only rows that can come need room in a heap, and all that may come in the stage, which lies alike everywhere.
+        side_total = align_up((num_recv if is_whole else num_slots) * params.side_bytes, _ALIGNMENT)
+        recv_x = None
+        if context.recv_memory != "torch":
+            recv_x = heap.try_empty(shape, args.x.dtype)
+        params.is_staged = recv_x is None
+        if context.stage_offset is not None:
+            side_offset = context.stage_offset
+            x_offset = side_offset + side_total
+        else:
+            side = heap.empty((max(side_total, _ALIGNMENT),), torch.uint8)
+            side_offset = self._offset_of(side)
+            x_offset = 0
+            if recv_x is None:
+                x_offset = self._offset_of(heap.empty((num_recv * params.row_bytes,), torch.uint8))
+        if recv_x is None:
+            recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
+        else:
+            x_offset = self._offset_of(recv_x)
+        by_expert = BY_EXPERT if args.do_expand and not params.is_staged else 0
+        params.opening.told[:] = (x_offset, side_offset | by_expert)
+        return recv_x
+
+    def _offset_of(self, tensor: torch.Tensor) -> int:
+        offset = self._context.memory.offset_of(tensor)
+        assert offset is not None, "the tensor is of the heap"
+        return offset
+
+    def _launch(self, args: DispatchArgs, stages: RowStages, *, has_plan: bool, has_place: bool) -> None:
+        context = self._context
+        config = DispatchConfig(has_plan=has_plan, has_place=has_place, is_idx64=args.topk_idx.dtype == torch.int64)
+        num_columns = context.num_ranks + args.num_experts
+        launch = context.launch(
+            (config, args.num_sms, num_columns, stages),
+            lambda: (
+                dispatch_spec(config),
+                dispatch_launch_shape(config, num_sms=args.num_sms, num_columns=num_columns, stages=stages),
+            ),
+        )
+        launch(self._params, torch.cuda.current_stream(context.device).cuda_stream)
+
+    def _make_handle(self, args: DispatchArgs, sums: _Sums, sizes: _Sizes, metadata: torch.Tensor) -> EPHandle:
+        self._num_dispatches += 1
+        return EPHandle(
+            do_expand=args.do_expand,
+            num_experts=args.num_experts,
+            expert_alignment=args.expert_alignment,
+            num_max_tokens_per_rank=args.num_max_tokens_per_rank,
+            num_sms=args.num_sms,
+            topk_idx=sums.topk_idx,
+            num_recv_tokens=sizes.num_recv,
+            num_expanded_tokens=sizes.num_expanded,
+            num_recv_tokens_per_expert_list=sizes.expert_counts,
+            psum_num_recv_tokens_per_scaleup_rank=sums.row_ends,
+            psum_num_recv_tokens_per_expert=sums.expert_ends,
+            num_unaligned_recv_tokens_per_expert=sums.num_expert_rows,
+            recv_src_metadata=metadata,
+            dst_buffer_slot_idx=sums.dst_slot,
+            plan=DevicePlan(
+                row_of_entry=sums.row_of_entry,
+                expert_row_of_entry=sums.expert_row_of_entry,
+                num_send_rows=sums.num_send_rows,
+                metadata=metadata,
+                metadata_version=version_of(metadata),
+            ),
+            buffer_id=self._facts.buffer_id,
+            dispatch_idx=self._num_dispatches,
+        )

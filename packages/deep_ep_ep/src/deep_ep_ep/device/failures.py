@@ -1,0 +1,57 @@
+"""Owns the words for what a kernel reported: disagreements, wrong expert ids, and waits that expired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.transport import AgreedField
+from deep_ep_core.wait import TimeoutLog
+from deep_ep_ep.device.state import PHASE_DISAGREE, PHASE_INVALID, PHASES
+
+__all__ = ["raise_failure"]
+
+
+def raise_failure(
+    log: TimeoutLog, fields: Sequence[AgreedField], opened_values: Callable[[int], list[int]]
+) -> NoReturn:
+    """Raise what the record of a log says.
+
+    After a disagreement or wrong ids nothing has moved, and all ranks have counted the operation: the record is taken
+    out, so that the buffer can be used again. After a wait that expired it stays.
+
+    Args:
+        log: A log with a record.
+        fields: What the ranks of the operation must agree on.
+        opened_values: Gives the value of each rank, by its place among these.
+    """
+    report = log.read()
+    assert report is not None, "there is a record"
+    phase = report.phase_idx if report.phase == PHASES[min(report.phase_idx, len(PHASES) - 1)] else -1
+    if phase == PHASE_DISAGREE:
+        log.reset()
+        value_idx = report.waited_ns
+        field = fields[value_idx] if value_idx < len(fields) else AgreedField(name=f"value {value_idx}", value=0)
+        values = [field.show(_signed(value, field.value)) for value in opened_values(value_idx)]
+        listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        raise RankMismatchError(
+            f"every rank of the group must call ElasticBuffer with the same {field.name} (got {listed}; seen on rank "
+            f"{report.rank}); nothing was sent, make the ranks agree and call again",
+            field=field.name,
+            values=values,
+        )
+    if phase == PHASE_INVALID:
+        log.reset()
+        raise ConfigError(
+            "topk_idx must name experts below num_experts, each at most once in a token, or be negative for none (got "
+            f"another entry for token {report.seen - 1} of rank {report.peer}, seen on rank {report.rank}); nothing "
+            "was sent, check the router of that rank"
+        )
+    log.check()
+    raise AssertionError("a record is an error")
+
+
+def _signed(value: int, like: int) -> int:
+    """A value of 32 bits as the one that was passed: AgreedField values may be negative."""
+    return value - 2**32 if like < 0 and value >= 2**31 else value

@@ -1,0 +1,66 @@
+"""Owns what ranks tell each other when an operation opens: the mirror of `opening.cuh`.
+
+The kernels compare the agreed values and leave the place of the first that differs in the record; `device.failures`
+turns it into words.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+from deep_ep_core.jit.structs import ParamsStruct, UInt32, UInt64
+from deep_ep_core.lsa_team import MAX_LSA_RANKS
+from deep_ep_core.transport import AgreedField
+
+__all__ = ["BY_EXPERT", "OPENING_SLOTS_BYTES", "PUSHED", "Opening", "OperationKind", "agreed_fields", "set_agreed"]
+
+_NUM_AGREED = 12
+_NUM_TOLD = 2
+_MESSAGE_BYTES = 16
+
+OPENING_SLOTS_BYTES = 2 * MAX_LSA_RANKS * (_NUM_AGREED // 2 + _NUM_TOLD) * _MESSAGE_BYTES
+"""Bytes of the window for the openings of all ranks: `OpeningSlots`."""
+
+BY_EXPERT = 1
+"""Lowest bit of a dispatch's `told[1]`: x is expected by expert."""
+
+PUSHED = 2**64 - 1
+"""A combine's `told[0]` of a rank that pushes its rows."""
+
+
+class OperationKind(enum.IntEnum):
+    """What an opening opens."""
+
+    DISPATCH = 1
+    PLACE = 2
+    COMBINE = 3
+
+
+class Opening(ParamsStruct):
+    """What a rank opens an operation with; mirror of the struct in `opening.cuh`.
+
+    The first agreed value is the operation, the last is filled in by the device.
+    """
+
+    __slots__ = ()
+    cuda_name = "deep_ep_ep::Opening"
+    _fields_ = (("agreed", UInt32 * _NUM_AGREED), ("told", UInt64 * _NUM_TOLD))
+
+
+def agreed_fields(kind: OperationKind, fields: Sequence[AgreedField]) -> tuple[AgreedField, ...]:
+    """The values of an opening, in their places."""
+    opened = AgreedField(name="operation", value=kind, show=_show_kind)
+    assert len(fields) <= _NUM_AGREED - 2, "an opening has no room for more values"
+    return opened, *fields
+
+
+def set_agreed(opening: Opening, fields: Sequence[AgreedField]) -> None:
+    """Write the values into an opening; places without one are 0."""
+    opening.agreed[:] = [field.value & 0xFFFFFFFF for field in fields] + [0] * (_NUM_AGREED - len(fields))
+
+
+def _show_kind(value: int) -> str:
+    # Both belong to a dispatch.
+    names = {1: "dispatch", 2: "dispatch", 3: "combine"}
+    return names.get(value, f"operation {value}")

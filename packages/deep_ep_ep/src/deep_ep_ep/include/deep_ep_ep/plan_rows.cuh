@@ -1,0 +1,186 @@
+// The plan of a dispatch: the last row of every token at each of its receivers, before any of them moves.
+//
+// Each block counts the tokens of its range, or, when one tile holds all tokens of the rank, all of them, which spares
+// the blocks from meeting. Then counts are exchanged between ranks, and each block finds the rows of its own tokens:
+// what ranks before this one send, what blocks before this one send, and the place in the masks. Rows are therefore
+// ordered by (source rank, token), whoever is fast.
+#pragma once
+
+#include <deep_ep_ep/exchange_counts.cuh>
+#include <deep_ep_ep/token_masks.cuh>
+
+namespace deep_ep_ep {
+
+// Shared memory of the plan; mirrored by `plan_smem_bytes` in `deep_ep_ep.device.dispatch_kernel`.
+struct PlanMemory {
+    unsigned* masks;         // [kNumWarps, num_columns]
+    unsigned* counts;        // [num_columns] of this rank; later the rows that tokens of this block start from
+    unsigned* before_block;  // [num_columns] of the blocks before this one
+    unsigned* totals;        // [num_columns] of all ranks
+    unsigned* before_us;     // [num_columns] of the ranks before this one
+    unsigned short* before;  // [kNumWarps, num_columns]
+};
+
+__device__ __forceinline__ PlanMemory plan_memory(const DispatchParams& p, unsigned char* smem) {
+    const int columns = num_columns(p);
+    PlanMemory memory;
+    memory.masks = reinterpret_cast<unsigned*>(smem);
+    memory.counts = memory.masks + kNumWarps * columns;
+    memory.before_block = memory.counts + columns;
+    memory.totals = memory.before_block + columns;
+    memory.before_us = memory.totals + columns;
+    memory.before = reinterpret_cast<unsigned short*>(memory.before_us + columns);
+    return memory;
+}
+
+// Counts this rank's tokens by column, into memory.counts and memory.before_block. Called by all threads of each block.
+// Returns false if the blocks could not meet. Raises `*invalid_token` in all blocks alike.
+template <class Index>
+[[nodiscard]] __device__ __forceinline__ bool count_tokens(const DispatchParams& p, const PlanMemory& memory, int begin,
+                                                           int end, unsigned* invalid_token) {
+    const int columns = num_columns(p), thread_idx = static_cast<int>(threadIdx.x);
+    for (int column = thread_idx; column < columns; column += kNumThreads)
+        memory.counts[column] = memory.before_block[column] = 0;
+    if (thread_idx == 0) *invalid_token = 0;
+    __syncthreads();
+    const bool is_one_tile = p.num_tokens <= kTileTokens;
+    const int count_begin = is_one_tile ? 0 : begin, count_end = is_one_tile ? p.num_tokens : end;
+    for (int first = count_begin; first < count_end; first += kTileTokens) {
+        fill_masks<Index>(p, memory.masks, first, count_end, invalid_token);
+        for (int column = thread_idx; column < columns; column += kNumThreads)
+            memory.counts[column] += count_column(memory.masks, columns, column);
+        __syncthreads();
+    }
+    if (is_one_tile) return true;
+    for (int column = thread_idx; column < columns; column += kNumThreads)
+        p.block_counts[static_cast<long long>(blockIdx.x) * columns + column] = memory.counts[column];
+    if (thread_idx == 0 && *invalid_token != 0) atomicMax(&p.state->invalid_token, *invalid_token);
+    if (!meet_grid(p.state, p.wait)) return false;
+    for (int column = thread_idx; column < columns; column += kNumThreads) {
+        unsigned count = 0;
+        for (unsigned block = 0; block < gridDim.x; ++block) {
+            if (block == blockIdx.x) memory.before_block[column] = count;
+            count += __ldcg(&p.block_counts[static_cast<long long>(block) * columns + column]);
+        }
+        memory.counts[column] = count;
+    }
+    if (thread_idx == 0) *invalid_token = ptx::ld_relaxed<ptx::Scope::kGpu>(&p.state->invalid_token);
+    __syncthreads();
+    return true;
+}
+
+// Replaces memory.counts by the rows where this block's tokens start: of each rank, in its rows by token; of each
+// expert, in the rows by expert of its rank. One warp a rank. Called by all threads; a barrier of the block must
+// follow.
+__device__ __forceinline__ void find_first_rows(const DispatchParams& p, const PlanMemory& memory) {
+    const int num_ranks = p.team.num_ranks, num_local_experts = p.num_experts / num_ranks;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int rank = static_cast<int>(threadIdx.x) / 32; rank < num_ranks; rank += kNumWarps) {
+        if (lane == 0) memory.counts[rank] = memory.before_us[rank] + memory.before_block[rank];
+        int next = 0;
+        for (int local = 0; local < num_local_experts; local += 32) {
+            const bool is_expert = local + lane < num_local_experts;
+            const int column = num_ranks + rank * num_local_experts + local + lane;
+            const int aligned = is_expert ? align_up(static_cast<int>(memory.totals[column]), p.expert_alignment) : 0;
+            int end = aligned;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(0xffffffffu, end, step);
+                if (lane >= step) end += other;
+            }
+            if (is_expert)
+                memory.counts[column] = static_cast<unsigned>(next + end - aligned) + memory.before_us[column] +
+                                        memory.before_block[column];
+            next += __shfl_sync(0xffffffffu, end, 31);
+        }
+    }
+}
+
+// Writes the part of the handle that has one value for this rank. Called by all threads of one block, before
+// `find_first_rows`, and before the counts are overwritten.
+__device__ __forceinline__ void write_sums(const DispatchParams& p, const PlanMemory& memory, const int* recv_counts) {
+    const int num_ranks = p.team.num_ranks, num_local_experts = p.num_experts / num_ranks;
+    const int thread_idx = static_cast<int>(threadIdx.x);
+    const unsigned* of_experts = memory.totals + num_ranks + p.team.rank * num_local_experts;
+    for (int rank = thread_idx; rank < num_ranks; rank += kNumThreads)
+        p.num_send_rows[rank] = static_cast<int>(memory.counts[rank]);
+    for (int local = thread_idx; local < num_local_experts; local += kNumThreads) {
+        const int count = static_cast<int>(of_experts[local]);
+        p.num_expert_rows[local] = count;
+        if (p.recv_stats != nullptr) p.recv_stats[local] += count;
+        if (p.host_counts != nullptr) p.host_counts[1 + local] = align_up(count, p.expert_alignment);
+    }
+    if (thread_idx == 0) {
+        int end = 0;
+        for (int rank = 0; rank < num_ranks; ++rank) p.recv_row_ends[rank] = end += recv_counts[rank];
+        if (p.host_counts != nullptr) p.host_counts[0] = end;
+    }
+    if (thread_idx == 32) {
+        int end = 0;
+        for (int local = 0; local < num_local_experts; ++local) {
+            const int count = static_cast<int>(of_experts[local]);
+            const int aligned_end = end + align_up(count, p.expert_alignment);
+            p.expert_ends[local] = p.do_expand ? end + count : aligned_end;
+            end = aligned_end;
+        }
+    }
+}
+
+// Writes the rows of the tokens of this block. Called by all threads of each block, behind a barrier.
+template <class Index>
+__device__ __forceinline__ void write_rows(const DispatchParams& p, const PlanMemory& memory, int begin, int end,
+                                           unsigned* invalid_token) {
+    const int columns = num_columns(p), num_ranks = p.team.num_ranks, num_topk = p.num_topk;
+    const int num_local_experts = p.num_experts / num_ranks;
+    const bool is_one_tile = p.num_tokens <= kTileTokens;
+    // Of a range that needs several tiles only the masks of the last are still there.
+    const bool has_masks = is_one_tile || end - begin <= kTileTokens;
+    for (int first = is_one_tile ? 0 : begin; first < end; first += kTileTokens) {
+        if (!has_masks) fill_masks<Index>(p, memory.masks, first, end, invalid_token);
+        sum_masks(memory.masks, memory.before, columns);
+        __syncthreads();
+        const int token = first + static_cast<int>(threadIdx.x);
+        if (begin <= token && token < end) {
+            unsigned long long seen_low = 0, seen_high = 0;
+            for (int k = num_topk - 1; k >= 0; --k) {
+                const long long entry = static_cast<long long>(token) * num_topk + k;
+                const int expert = expert_of_entry<Index>(p, token, k);
+                if (p.topk_idx_copy != nullptr)
+                    static_cast<Index*>(p.topk_idx_copy)[entry] = static_cast<const Index*>(p.topk_idx)[entry];
+                int row = -1, expert_row = -1, slot = -1;
+                if (expert >= 0) {
+                    const int rank = expert / num_local_experts;
+                    const unsigned long long bit = 1ull << rank % 64;
+                    const bool is_low = rank < 64;
+                    if (((is_low ? seen_low : seen_high) & bit) == 0) {
+                        const int place = place_in_column(memory.masks, memory.before, columns, rank);
+                        row = static_cast<int>(memory.counts[rank]) + place;
+                        slot = static_cast<int>(memory.before_block[rank]) + place;
+                    }
+                    seen_low |= is_low ? bit : 0;
+                    seen_high |= is_low ? 0 : bit;
+                    if (p.do_expand) {
+                        const int column = num_ranks + expert;
+                        expert_row = static_cast<int>(memory.counts[column]) +
+                                     place_in_column(memory.masks, memory.before, columns, column);
+                    }
+                }
+                p.row_of_entry[entry] = row;
+                if (p.do_expand) p.expert_row_of_entry[entry] = expert_row;
+                if (p.dst_slot != nullptr)
+                    p.dst_slot[entry] = row < 0 ? -1 : p.team.rank * p.num_max_tokens + slot;
+            }
+        }
+        if (has_masks) break;
+        // The next tile starts behind this one.
+        __syncthreads();
+        for (int column = static_cast<int>(threadIdx.x); column < columns; column += kNumThreads) {
+            const unsigned count = count_column(memory.masks, columns, column);
+            memory.counts[column] += count;
+            memory.before_block[column] += count;
+        }
+        __syncthreads();
+    }
+}
+
+}  // namespace deep_ep_ep

@@ -1,0 +1,91 @@
+"""The kernels of this package: each header stands alone, and every variant compiles without local memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from deep_ep_core.jit import CompileJob, Compiler, JitOptions, KernelSpec, mirror_source, package_include_dir
+from deep_ep_core.jit.compiler import NvccCompiler, NvrtcCompiler
+from deep_ep_core.jit.resources import parse_usage
+from deep_ep_core.jit.toolchain import find_nvcc, find_nvrtc, find_toolkit_headers
+from deep_ep_ep.device import combine_kernel
+
+INCLUDE_DIRS = (package_include_dir("deep_ep_core"), package_include_dir("deep_ep_ep"))
+HEADERS = sorted(path.relative_to(INCLUDE_DIRS[1]).as_posix() for path in INCLUDE_DIRS[1].rglob("*.cuh"))
+ARCHS = ("sm_90a", "sm_100a")
+
+# Every variant of every kernel of this package.
+SPECS: list[KernelSpec] = [*combine_kernel.all_combine_specs()]
+
+# Every warning of nvcc is an error, and the host compiler reads the headers too.
+_STRICT_FLAGS = "-Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror"
+
+
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Compiler:
+    """Each of the two compilers in turn, where it is there."""
+    options = JitOptions(cache_dir=tmp_path)
+    if request.param == "nvrtc":
+        nvrtc = find_nvrtc()
+        if isinstance(nvrtc, str):
+            pytest.skip(f"no NVRTC: {nvrtc}")
+        return NvrtcCompiler(nvrtc, find_toolkit_headers(options), options)
+    nvcc = find_nvcc(options)
+    if nvcc is None:
+        pytest.skip("no nvcc was found")
+    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {_STRICT_FLAGS}"
+    return NvccCompiler(nvcc, options, None, {**os.environ, "NVCC_APPEND_FLAGS": flags})
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("header", HEADERS)
+def test_header_compiles_alone_without_warnings(compiler: Compiler, header: str, arch: str) -> None:
+    output = compiler.compile(CompileJob(source=f"#include <{header}>\n", arch=arch, include_dirs=INCLUDE_DIRS))
+    assert output.failure == "", output.log
+    assert "warning" not in output.log
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("header", sorted({spec.header for spec in SPECS}))
+def test_variants_compile_without_warnings_or_local_memory(compiler: Compiler, header: str, arch: str) -> None:
+    """Local memory, which spilled registers and arrays that are indexed at run time go to, is slow."""
+    # All of a header in one translation unit, since a run of nvcc takes seconds. So each needs a name of its own.
+    specs = [
+        dataclasses.replace(spec, label=f"{spec.label}{spec_idx}")
+        for spec_idx, spec in enumerate(SPECS)
+        if spec.header == header
+    ]
+    source = "\n".join(spec.source() for spec in specs)
+    output = compiler.compile(CompileJob(source=source, arch=arch, include_dirs=INCLUDE_DIRS))
+    assert output.failure == "", output.log
+    assert "warning" not in output.log
+    for spec in specs:
+        usage = parse_usage(output.log, spec.entry_name)
+        assert usage is not None
+        print(f"{arch} {spec.label} {spec.config}: {usage}")
+        assert not usage.uses_local_memory, f"{spec.label} {spec.config}: {usage}"
+        # A block must fit an SM, which has 65,536 registers.
+        assert usage.num_registers * spec.max_threads_per_block <= 65536, f"{spec.label} {spec.config}: {usage}"
+
+
+@pytest.mark.parametrize("header", sorted({spec.header for spec in SPECS}))
+def test_structs_agree_with_their_mirrors(compiler: Compiler, header: str) -> None:
+    specs = [spec for spec in SPECS if spec.header == header]
+    structs = {spec.params_type for spec in specs} | {type(spec.config) for spec in specs if spec.config is not None}
+    source = mirror_source(header, sorted(structs, key=lambda struct: struct.__name__))
+    output = compiler.compile(CompileJob(source=source, arch="sm_90a", include_dirs=INCLUDE_DIRS))
+    assert output.failure == "", output.log
+
+
+def test_launch_shape_of_combine_is_that_of_its_ring(compiler: Compiler) -> None:
+    source = (
+        "#include <deep_ep_ep/row_ring.cuh>\n"
+        f"static_assert(deep_ep_ep::RowRing::kNumWarps * 32 == {combine_kernel.COMBINE_THREADS});\n"
+        f"static_assert(deep_ep_ep::RowRing::kNumBlockBytes == {combine_kernel.COMBINE_SMEM_BYTES});\n"
+    )
+    output = compiler.compile(CompileJob(source=source, arch="sm_90a", include_dirs=INCLUDE_DIRS))
+    assert output.failure == "", output.log
