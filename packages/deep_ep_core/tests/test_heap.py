@@ -448,6 +448,83 @@ def test_of_two_uses_by_a_stream_the_later_one_is_waited_for():
     assert order.waits == [(B, order.events[1])]
 
 
+def test_a_stream_that_has_waited_does_not_wait_again_for_what_was_dropped_before():
+    order = FakeOrder(stream=A)
+    heap = make_heap(2 * ALIGNMENT, order=order)
+    first, second = (heap.empty((ALIGNMENT,), torch.uint8) for _ in range(2))
+    del first
+    del second
+    order.stream = B
+    _kept = [heap.empty((ALIGNMENT,), torch.uint8) for _ in range(2)]
+    assert order.waits == [(B, order.events[1])]
+
+
+def test_a_wait_says_nothing_of_what_is_dropped_later():
+    order = FakeOrder(stream=A)
+    heap = make_heap(order=order)
+    full(heap)
+    order.stream = B
+    full(heap)
+    order.stream = A
+    full(heap)
+    order.stream = B
+    full(heap)
+    assert [(stream, event.stream) for stream, event in order.waits] == [(B, A), (A, B), (B, A)]
+    assert order.waits[0][1] is not order.waits[2][1]
+
+
+def test_a_wait_of_one_stream_does_not_count_for_another():
+    order = FakeOrder(stream=A)
+    heap = make_heap(2 * ALIGNMENT, order=order)
+    first, second = (heap.empty((ALIGNMENT,), torch.uint8) for _ in range(2))
+    del first
+    del second
+    for order.stream in (B, C):
+        kept = heap.empty((ALIGNMENT,), torch.uint8)
+        assert [stream for stream, event in order.waits if event.stream == A][-1] == order.stream
+    del kept
+
+
+def test_a_region_that_dies_on_another_stream_each_time_is_waited_for_each_time():
+    """The way of every result: made on the communication stream, dropped by a caller on a stream of his own."""
+    order = FakeOrder()
+    heap = make_heap(order=order)
+    for _ in range(3):
+        order.stream = A
+        tensor = full(heap)
+        order.stream = B
+        del tensor
+    of_b = [event for event in order.events if event.stream == B]
+    assert order.waits == [(A, of_b[0]), (A, of_b[1])]
+
+
+def test_a_request_takes_the_region_of_its_size_that_came_back_last():
+    heap = make_heap(order=FakeOrder())
+    tensors = [heap.empty((ALIGNMENT,), torch.uint8) for _ in range(7)]
+    offsets = [heap.offset_of(tensor) for tensor in tensors]
+    for idx in (1, 5, 3):
+        tensors[idx] = None
+    taken = [heap.empty((ALIGNMENT,), torch.uint8) for _ in range(3)]
+    assert [heap.offset_of(tensor) for tensor in taken] == [offsets[3], offsets[5], offsets[1]]
+
+
+def test_a_region_of_the_right_size_that_needs_a_wait_does_not_hide_one_that_needs_none():
+    order = FakeOrder(stream=B)
+    heap = make_heap(3 * ALIGNMENT, order=order)
+    of_b = heap.empty((ALIGNMENT,), torch.uint8)
+    order.stream = A
+    of_a, wall = (heap.empty((ALIGNMENT,), torch.uint8) for _ in range(2))
+    offset_of_b = heap.offset_of(of_b)
+    order.stream = B
+    del of_b
+    order.stream = A
+    del of_a
+    order.stream = B
+    tensor = heap.empty((ALIGNMENT,), torch.uint8)
+    assert (heap.offset_of(tensor), order.waits) == (offset_of_b, [])
+    del wall
+
+
 # --- Graphs ---
 
 
@@ -519,3 +596,52 @@ def test_a_region_of_a_graph_that_dies_after_the_capture_stays_with_the_graph():
     order.captures[A] = 7
     outside = heap.empty((1,), torch.uint8)
     assert heap.offset_of(outside) == 1024
+
+
+def test_a_wait_inside_a_graph_says_nothing_of_work_outside_of_it():
+    """It orders replays; the stream itself has waited for nothing."""
+    order = FakeOrder(stream=A)
+    heap = make_heap(3 * ALIGNMENT, order=order)
+    outside, wall = (heap.empty((ALIGNMENT,), torch.uint8) for _ in range(2))
+    del outside
+    order.captures = {A: 7, B: 7}
+    heap.empty((ALIGNMENT,), torch.uint8)
+    order.stream = B
+    heap.empty((ALIGNMENT,), torch.uint8)
+    assert [(stream, event.capture) for stream, event in order.waits] == [(B, 7)]
+    order.captures.clear()
+    heap.empty((ALIGNMENT,), torch.uint8)
+    assert [(stream, event.stream, event.capture) for stream, event in order.waits[1:]] == [(B, A, None)]
+    del wall
+
+
+def test_a_capture_gets_what_the_same_stream_used_before_it():
+    """As in a warm-up on the stream that is captured next. Asked then, CUDA could say nothing of that stream's work.
+
+    From then on it is the graph's.
+    """
+    order = FakeOrder(stream=A)
+    heap = make_heap(order=order)
+    for _ in range(2):
+        full(heap)
+    order.finish(A)
+    order.captures[A] = 7
+    tensor = full(heap)
+    del tensor
+    order.captures.clear()
+    assert heap.try_empty((1,), torch.uint8) is None
+    assert heap.stats().graph_bytes == 4096
+
+
+def test_a_wait_of_a_stream_does_not_let_a_capture_of_it_in():
+    """The graph may be replayed on a stream that has not waited."""
+    order = FakeOrder(stream=A)
+    heap = make_heap(2 * ALIGNMENT, order=order)
+    first, second = (heap.empty((ALIGNMENT,), torch.uint8) for _ in range(2))
+    del first
+    del second
+    order.stream = B
+    tensor = heap.empty((ALIGNMENT,), torch.uint8)
+    order.captures[B] = 7
+    assert heap.try_empty((ALIGNMENT,), torch.uint8) is None
+    del tensor

@@ -31,6 +31,33 @@ def test_the_tensor_is_the_memory_itself():
     assert (tensor.shape, tensor.dtype, tensor.data_ptr()) == ((64,), torch.uint8, memory.address)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint16])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1, 2, 1, 3, 1, 1, 1, 1), (1,) * 9, (2, 0, 3), (0,)])
+def test_a_shape_and_a_dtype_can_be_given(shape, dtype):
+    memory, calls = Memory(), []
+    tensor = tensor_over(memory.address, 64, CPU, memory, lambda: calls.append(1), shape=shape, dtype=dtype)
+    assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+    assert tensor.untyped_storage().data_ptr() == memory.address
+    tensor.reshape(-1).view(torch.uint8).fill_(1)
+    assert bytes(memory.buffer) == bytes([1] * tensor.nbytes + [0] * (64 - tensor.nbytes))
+    del tensor
+    assert calls == [1]
+
+
+def test_without_a_shape_a_dtype_fills_the_memory():
+    memory = Memory()
+    assert tensor_over(memory.address, 64, CPU, memory, dtype=torch.int64).shape == (8,)
+
+
+def test_what_one_tensor_was_is_not_seen_in_the_next():
+    """What torch reads of a tensor is written anew, wherever it was kept for the last one."""
+    memory = Memory()
+    for offset, shape, dtype in ((0, (2, 4), torch.int32), (32, (), torch.uint8), (8, (3,), torch.int64)):
+        tensor = tensor_over(memory.address + offset, 32, CPU, memory, shape=shape, dtype=dtype)
+        assert (tensor.data_ptr() - memory.address, tensor.shape, tensor.dtype) == (offset, shape, dtype)
+        del tensor
+
+
 def views_of(tensor: torch.Tensor) -> dict[str, object]:
     weight = torch.ones(16, requires_grad=True)
     return {

@@ -8,10 +8,13 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 
+from deep_ep_core import cuda_streams
+from deep_ep_core import stream as stream_module
 from deep_ep_core.env import reset_env
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, NoEventError, StreamOptions, comm_stream
@@ -239,7 +242,7 @@ def test_comm_stream_of_the_cpu_is_one_object_that_takes_with_blocks():
 def test_only_an_asynchronous_operation_returns_an_event(is_async):
     with CommScope(CPU, StreamOptions(async_with_compute_stream=is_async)) as scope:
         scope.wait_before_epilogue()
-        overlap = scope.finish([torch.ones(2), None])
+        overlap = scope.finish(inputs=[torch.ones(2), None], outputs=[torch.ones(2), None])
     assert type(overlap) is EventOverlap
     assert (overlap.event is not None) == is_async
     if is_async:
@@ -251,7 +254,7 @@ def test_events_of_both_kinds_may_be_waited_for_on_the_cpu(make_event):
     options = StreamOptions(previous_event=make_event(), previous_event_before_epilogue=make_event())
     with CommScope(CPU, options) as scope:
         scope.wait_before_epilogue()
-        scope.finish([])
+        scope.finish()
 
 
 @pytest.mark.parametrize("name", ["previous_event", "previous_event_before_epilogue"])
@@ -264,6 +267,78 @@ def test_empty_event_to_wait_for_is_refused_on_every_device_before_the_operation
 def test_exception_passes_through_the_scope():
     with pytest.raises(KeyError), CommScope(CPU, StreamOptions()):
         raise KeyError("of the operation")
+
+
+class FakeStream:
+    def __init__(self, name: str) -> None:
+        self.name, self.device_index = name, 0
+
+
+class FakeEvent:
+    """Notes where it is recorded and who waits for it, in `log`."""
+
+    log: ClassVar[list[tuple[str, ...]]] = []
+
+    def record(self, stream):
+        self.stream = stream
+        self.log.append(("record", stream.name))
+
+    def wait(self, stream):
+        self.log.append((stream.name, "waits for", self.stream.name))
+
+
+class FakeTensor:
+    is_cuda = True
+
+    def __init__(self) -> None:
+        self.recorded: list[str] = []
+
+    def record_stream(self, stream):
+        self.recorded.append(stream.name)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A device of which only the order of calls is kept: a list of them, and the device."""
+    streams = {"current": FakeStream("compute"), "comm": FakeStream("comm")}
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update(current=stream))
+    monkeypatch.setattr(stream_module, "current_stream", lambda device_idx: streams["current"])
+    monkeypatch.setattr(stream_module, "_comm_streams", {0: streams["comm"]})
+    monkeypatch.setattr(cuda_streams, "_spare_events", {})
+    monkeypatch.setattr(FakeEvent, "log", [])
+    return FakeEvent.log, torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_tensor_is_recorded_on_the_stream_that_it_does_not_come_from(fake_cuda, set_avoid_record_stream, is_async):
+    set_avoid_record_stream("0")
+    _, device = fake_cuda
+    given, made, both = FakeTensor(), FakeTensor(), FakeTensor()
+    with CommScope(device, StreamOptions(async_with_compute_stream=is_async)) as scope:
+        scope.finish(inputs=[given, None, both], outputs=[made, None, both])
+    assert (given.recorded, made.recorded, both.recorded) == (["comm"], ["compute"], ["comm", "compute"])
+
+
+def test_streams_wait_for_each_other_once_at_either_end(fake_cuda):
+    log, device = fake_cuda
+    with CommScope(device, StreamOptions()) as scope:
+        assert (scope.compute_stream.name, scope.comm_stream.name) == ("compute", "comm")
+        scope.finish()
+    assert log == [
+        ("record", "compute"),
+        ("comm", "waits for", "compute"),
+        ("record", "comm"),
+        ("compute", "waits for", "comm"),
+    ]
+    assert (scope.compute_stream, scope.comm_stream) == (None, None)
+
+
+def test_on_a_cpu_a_scope_has_no_streams():
+    with CommScope(CPU, StreamOptions()) as scope:
+        assert (scope.compute_stream, scope.comm_stream) == (None, None)
 
 
 # On a GPU
@@ -328,7 +403,7 @@ def test_comm_stream_is_current_inside_and_the_caller_s_stream_is_afterwards(cud
         with torch.cuda.stream(stream):
             with CommScope(cuda, StreamOptions()) as scope:
                 assert torch.cuda.current_stream() == comm_stream(cuda)
-                scope.finish([])
+                scope.finish()
             assert torch.cuda.current_stream() == stream
 
 
@@ -346,7 +421,7 @@ def test_caller_s_device_is_current_again_where_the_operation_is_on_another(cuda
     before = torch.cuda.current_stream(cuda), torch.cuda.current_stream(second_cuda)
     with CommScope(second_cuda, StreamOptions()) as scope:
         assert torch.cuda.current_stream(second_cuda) == comm_stream(second_cuda)
-        scope.finish([])
+        scope.finish()
     assert torch.cuda.current_device() == cuda.index
     assert (torch.cuda.current_stream(cuda), torch.cuda.current_stream(second_cuda)) == before
 
@@ -364,7 +439,7 @@ def test_comm_stream_waits_for_the_current_stream(cuda):
     tensor = late_ones()
     with CommScope(cuda, StreamOptions(async_with_compute_stream=True)) as scope:
         copy = tensor.clone()
-        overlap = scope.finish([tensor, copy])
+        overlap = scope.finish(inputs=[tensor], outputs=[copy])
     overlap.current_stream_wait()
     assert copy.min().item() == 1
 
@@ -380,7 +455,7 @@ def test_comm_stream_waits_for_the_previous_event_instead(cuda, wrap):
     torch.cuda._sleep(LONG_CYCLES)
     with CommScope(cuda, StreamOptions(previous_event=wrap(previous), async_with_compute_stream=True)) as scope:
         copy = tensor.clone()
-        scope.finish([tensor, copy])
+        scope.finish(inputs=[tensor], outputs=[copy])
     comm_stream(cuda).synchronize()
     assert not is_done(torch.cuda.current_stream())
     assert copy.min().item() == 1
@@ -397,7 +472,7 @@ def test_only_the_epilogue_waits_for_its_event(cuda):
         assert not is_done(side)
         scope.wait_before_epilogue()
         copy = tensor.clone()
-        overlap = scope.finish([tensor, copy])
+        overlap = scope.finish(inputs=[tensor], outputs=[copy])
     assert overlap.event is None
     assert copy.min().item() == 1
 
@@ -406,7 +481,7 @@ def test_only_the_epilogue_waits_for_its_event(cuda):
 def test_current_stream_waits_for_a_synchronous_operation(cuda):
     with CommScope(cuda, StreamOptions()) as scope:
         tensor = late_ones()
-        overlap = scope.finish([tensor])
+        overlap = scope.finish(outputs=[tensor])
     assert overlap.event is None
     assert tensor.clone().min().item() == 1
 
@@ -415,7 +490,7 @@ def test_current_stream_waits_for_a_synchronous_operation(cuda):
 def test_current_stream_waits_for_an_asynchronous_operation_only_when_told(cuda):
     with CommScope(cuda, StreamOptions(async_with_compute_stream=True)) as scope:
         tensor = late_ones(LONG_CYCLES)
-        overlap = scope.finish([tensor])
+        overlap = scope.finish(outputs=[tensor])
     torch.cuda.current_stream().synchronize()
     assert not is_done(comm_stream(cuda))
     overlap.current_stream_wait()
@@ -430,7 +505,7 @@ def address_of_next_tensor_like_freed(device, is_async):
     freed = tensor.data_ptr()
     with CommScope(device, StreamOptions(async_with_compute_stream=is_async)) as scope:
         torch.cuda._sleep(LONG_CYCLES)
-        overlap = scope.finish([tensor, None])
+        overlap = scope.finish(inputs=[tensor, None])
     is_alive = weakref.ref(tensor)
     del tensor, scope
     gc.collect()
@@ -475,7 +550,7 @@ def test_result_is_not_reused_by_the_comm_stream_while_the_current_stream_reads_
     num_bytes = 21 << 20
     with CommScope(cuda, StreamOptions()) as scope:
         result = torch.empty(num_bytes, dtype=torch.uint8, device=cuda)
-        scope.finish([result])
+        scope.finish(outputs=[result])
     torch.cuda._sleep(LONG_CYCLES)
     freed = result.data_ptr()
     del result, scope

@@ -13,11 +13,10 @@ import math
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from deep_ep_core.align import align_up
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.free_ranges import Fence, FreeRange, FreeRanges
 from deep_ep_core.raw_tensor import tensor_over
@@ -58,12 +57,10 @@ class HeapStats:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Region:
-    """A region that is handed out, or on its way back."""
+    """A region that is handed out, or on its way back: the range that it was and will be, and who used it since."""
 
-    offset: int
-    num_bytes: int
-    capture: int | None
-    streams: set[int] = field(default_factory=set)
+    place: FreeRange
+    streams: set[int]
     # By stream, once known; None until then.
     fences: dict[int, Fence] | None = None
 
@@ -109,6 +106,15 @@ class Heap:
         self._order: StreamOrder = order
         self._lock = threading.Lock()
         self._free = FreeRanges(self._num_bytes)
+        # Free ranges by size, as they came back: the next request is most often one for the same size. They join the
+        # others when nothing fits.
+        self._parked: dict[int, list[FreeRange]] = {}
+        # Fences that need no event any more, as the number up to which that is so, by stream: the work is done, or the
+        # first stream of a pair has waited for the second one. And from which number on the work was not yet done when
+        # this allocation looked.
+        self._done: dict[int, int] = {}
+        self._waited: dict[tuple[int, int], int] = {}
+        self._under_way: dict[int, int] = {}
         self._regions: dict[int, _Region] = {}
         self._used_bytes = self._peak_used_bytes = 0
         # Regions whose last view died, and of those the ones without fences. A storage may die anywhere, also inside
@@ -116,7 +122,7 @@ class Heap:
         self._returned: deque[_Region] = deque()
         self._unfenced: list[_Region] = []
         self._fence_lock = threading.Lock()
-        self._fence_numbers = itertools.count()
+        self._fence_numbers = itertools.count(1)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A new tensor in the heap, its values undefined.
@@ -142,19 +148,19 @@ class Heap:
         """`empty`, but None where no free region is large enough."""
         num_bytes = math.prod(shape) * dtype.itemsize
         # A tensor without elements gets a place too, so that every tensor has an offset.
-        region = self._allocate(max(align_up(num_bytes, self._alignment), self._alignment))
+        region = self._allocate(-(-(num_bytes or 1) // self._alignment) * self._alignment)
         if region is None:
             return None
         # The memory is its owner: it must outlive this region even if the heap is closed before.
-        raw = tensor_over(
-            self._address + region.offset,
+        return tensor_over(
+            self._address + region.place.offset,
             num_bytes or 1,
             self.device,
-            owner=self._memory,
-            on_release=functools.partial(self._release, region),
+            self._memory,
+            functools.partial(self._release, region),
+            shape=shape,
+            dtype=dtype,
         )
-        elements = raw.view(dtype) if num_bytes else raw[:0].view(dtype)
-        return elements.view(tuple(shape))
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Offset of a tensor's first element from the heap's address, in bytes; None where it lies elsewhere."""
@@ -182,6 +188,7 @@ class Heap:
         """What the heap is used for now."""
         with self._lock:
             self._take_back()
+            self._join_parked()
             free_bytes = [free.num_bytes for free in self._free if free.capture is None]
             return HeapStats(
                 num_bytes=self._num_bytes,
@@ -207,43 +214,91 @@ class Heap:
         with self._lock:
             if self._memory is None:
                 raise ConfigError("the heap must be open to hand out tensors, but it is closed; make a new one")
-            self._take_back()
+            if self._returned or self._unfenced:
+                self._take_back()
+            self._under_way.clear()
             stream = self._order.current()
             capture = self._order.capture_of(stream)
-            found = self._free.take(num_bytes, functools.partial(self._cost, stream=stream, capture=capture))
-            if found is None:
+            place = self._take(num_bytes, stream, capture)
+            if place is None:
                 return None
-            for other, fence in found.fences.items():
-                if other != stream:
-                    self._order.wait(stream, fence.event)
-            region = _Region(offset=found.offset, num_bytes=num_bytes, capture=capture, streams={stream})
-            self._regions[region.offset] = region
+            region = _Region(place=place, streams={stream})
+            self._regions[place.offset] = region
             self._used_bytes += num_bytes
-            self._peak_used_bytes = max(self._peak_used_bytes, self._used_bytes)
+            if self._used_bytes > self._peak_used_bytes:
+                self._peak_used_bytes = self._used_bytes
             return region
 
-    def _cost(self, free: FreeRange, *, stream: int, capture: int | None) -> int | None:
-        """0 for a range that a stream may have at once, 1 for one that it must wait for, None for one out of reach."""
+    def _take(self, num_bytes: int, stream: int, capture: int | None) -> FreeRange | None:
+        """The best free range of some size, behind whose fences the stream is brought; None if there is none."""
+        parked = self._parked.get(num_bytes, [])
+        for idx in range(len(parked) - 1, -1, -1):
+            if self._fences_ahead(parked[idx], stream, capture) == []:
+                found = parked.pop(idx)
+                found.capture = capture
+                return found
+        return self._take_behind_fences(num_bytes, parked, stream, capture)
+
+    def _take_behind_fences(
+        self, num_bytes: int, parked: list[FreeRange], stream: int, capture: int | None
+    ) -> FreeRange | None:
+        """`_take` where none of the parked ranges of that size can be had at once."""
+
+        def cost_of(free: FreeRange) -> int | None:
+            ahead = self._fences_ahead(free, stream, capture)
+            return None if ahead is None else int(bool(ahead))
+
+        found = self._free.take(num_bytes, lambda free: 0 if cost_of(free) == 0 else None)
+        if found is None and parked and cost_of(parked[-1]) is not None:
+            found = parked.pop()
+        if found is None:
+            self._join_parked()
+            found = self._free.take(num_bytes, cost_of)
+        if found is None:
+            return None
+        for other, fence in self._fences_ahead(found, stream, capture) or ():
+            self._order.wait(stream, fence.event)
+            if capture is None:
+                self._waited[stream, other] = fence.number
+        found.capture = capture
+        return found
+
+    def _join_parked(self) -> None:
+        for parked in self._parked.values():
+            for free in parked:
+                self._free.put(free)
+        self._parked.clear()
+
+    def _fences_ahead(self, free: FreeRange, stream: int, capture: int | None) -> list[tuple[int, Fence]] | None:
+        """What a stream must wait for before it may have a range; None if that is out of reach."""
         if free.capture is not None:
             if free.capture != capture:
                 return None
-            return int(any(other != stream for other in free.fences))
+            return [(other, fence) for other, fence in free.fences.items() if other != stream]
         if capture is not None:
             # A graph is replayed on any stream and cannot wait for what came before it, so nothing may be under way.
-            self._drop_done(free, keep=None)
-            return None if free.fences else 0
-        self._drop_done(free, keep=stream)
-        return int(any(other != stream for other in free.fences))
+            return [] if all(self._is_done(other, fence) for other, fence in free.fences.items()) else None
+        return [
+            (other, fence)
+            for other, fence in free.fences.items()
+            if other != stream
+            and fence.number > self._waited.get((stream, other), 0)
+            and not self._is_done(other, fence)
+        ]
 
-    def _drop_done(self, free: FreeRange, *, keep: int | None) -> None:
-        """Forget the fences that are passed; the one of stream `keep` is not looked at."""
-        for other, fence in list(free.fences.items()):
-            if other != keep and self._order.is_done(fence.event):
-                del free.fences[other]
+    def _is_done(self, stream: int, fence: Fence) -> bool:
+        """Whether the work of a stream in front of a fence is done. A stream's fences are passed in their order."""
+        if fence.number <= self._done.get(stream, 0):
+            return True
+        if fence.number >= self._under_way.get(stream, math.inf):
+            return False
+        is_done = self._order.is_done(fence.event)
+        (self._done if is_done else self._under_way)[stream] = fence.number
+        return is_done
 
     def _release(self, region: _Region) -> None:
         """The last view of a region died. Runs in any thread, between any two steps of it."""
-        if self.is_closed:
+        if self._memory is None:
             return
         # The stream that is current here has probably used the tensor; not all users tell.
         region.streams.add(self._order.current())
@@ -257,15 +312,15 @@ class Heap:
 
     def _fence(self, region: _Region) -> None:
         """Record where the streams of a region stand, if that is possible now."""
-        captures = {self._order.capture_of(stream) for stream in region.streams}
-        if captures != {region.capture}:
-            if region.capture is None:
-                # A stream is captured at present, and an event of it would become part of the graph.
+        capture = region.place.capture
+        for stream in region.streams:
+            if self._order.capture_of(stream) != capture:
+                if capture is not None:
+                    # Its capture is over, or another stream joined in: no stream can be told to wait for it.
+                    region.place.capture = _LOST
+                    region.fences = {}
+                # Else the stream is captured at present, and an event of it would become part of the graph.
                 return
-            # Its capture is over, or another stream joined in: no stream can be told to wait for it.
-            region.capture = _LOST
-            region.fences = {}
-            return
         fences = {}
         for stream in region.streams:
             event = self._order.record(stream)
@@ -276,25 +331,21 @@ class Heap:
         """Make the regions whose views died free again, where it is known behind which fences."""
         while self._returned:
             self._unfenced.append(self._returned.popleft())
-        if not self._unfenced:
-            return
-        for region in self._unfenced:
+        num_kept = 0
+        while num_kept < len(self._unfenced):
+            region = self._unfenced[num_kept]
             if region.fences is None:
                 with self._fence_lock:
                     self._fence(region)
-        ready = [region for region in self._unfenced if region.fences is not None]
-        self._unfenced = [region for region in self._unfenced if region.fences is None]
-        for region in ready:
-            del self._regions[region.offset]
-            self._used_bytes -= region.num_bytes
-            self._free.put(
-                FreeRange(
-                    offset=region.offset,
-                    num_bytes=region.num_bytes,
-                    capture=region.capture,
-                    fences=region.fences or {},
-                )
-            )
+            if region.fences is None:
+                num_kept += 1
+                continue
+            del self._unfenced[num_kept]
+            place = region.place
+            place.fences = region.fences
+            del self._regions[place.offset]
+            self._used_bytes -= place.num_bytes
+            self._parked.setdefault(place.num_bytes, []).append(place)
 
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else f"{self._used_bytes} used"

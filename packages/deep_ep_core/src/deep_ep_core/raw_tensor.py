@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
-from collections.abc import Callable
+import math
+import struct
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,36 +20,24 @@ from torch.utils.dlpack import from_dlpack
 __all__ = ["tensor_over"]
 
 _KINDS = {"cpu": 1, "cuda": 2}
-_UNSIGNED_INT = 1
 _CAPSULE_NAME = b"dltensor"
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
+# A block is DLPack's `DLManagedTensor`, its `DLTensor` inlined, and behind it the shape that it points to. In order:
+# data; kind and index of the device; number of dimensions; type as code, bits and lanes in one number; address of the
+# shape; that of the strides, 0 for a contiguous tensor; byte offset; context; deleter.
+_HEAD = "=QiiiIQQQQQ"
+_TYPE_OFFSET, _DELETER_OFFSET = 20, 56
+_MAX_DIMS = 8
+_LAYOUTS = [struct.Struct(f"{_HEAD}{num_dims}q") for num_dims in range(_MAX_DIMS + 1)]
+_SHAPE_OFFSET = _LAYOUTS[0].size
 
-class _ManagedTensor(ctypes.Structure):
-    """DLPack's `DLManagedTensor`, its `DLTensor` inlined, and behind it the shape that it points to."""
+_Block = tuple[int, Any]  # its address, and the same bytes as something to write to
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_kind", ctypes.c_int32),
-        ("device_idx", ctypes.c_int32),
-        ("num_dims", ctypes.c_int32),
-        ("type_code", ctypes.c_uint8),
-        ("type_bits", ctypes.c_uint8),
-        ("type_lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("num_bytes", ctypes.c_int64),
-    )
-
-
-_SIZE = ctypes.sizeof(_ManagedTensor)
-_SHAPE_OFFSET = _ManagedTensor.num_bytes.offset
-
-# What lives as long as a storage, and what to call when it dies, by the address of its _ManagedTensor.
-_live: dict[int, tuple[object, Callable[[], None] | None]] = {}
+# What lives as long as a storage, and what to call when it dies, by the address of its block.
+_live: dict[int, tuple[_Block, object, Callable[[], None] | None]] = {}
+# Blocks that no storage has at present. They are kept for ever: there are never more than storages lived at once.
+_spare_blocks: list[_Block] = []
 
 
 def tensor_over(
@@ -56,46 +46,71 @@ def tensor_over(
     device: torch.device,
     owner: object,
     on_release: Callable[[], None] | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.uint8,
 ) -> torch.Tensor:
     """A tensor over given memory.
 
     Args:
         address: Where the memory begins.
-        num_bytes: Its size.
+        num_bytes: Its size, at least 1.
         device: What it is memory of: the CPU, or a CUDA device with its index.
         owner: What the memory belongs to; lives as long as any tensor that shares the storage, views and what is kept
             for a backward pass included.
         on_release: Called once when no such tensor is left, before `owner` is let go: in whichever thread the last one
             goes, and not at all once the interpreter ends.
+        shape: The tensor's shape, of no more than `num_bytes` bytes; None for all of them in one dimension.
+        dtype: Its dtype.
 
     Returns:
-        `[num_bytes]` uint8, with a storage of its own.
+        `[*shape]` of `dtype`, contiguous, with a storage of its own.
     """
+    if shape is None:
+        shape = (num_bytes // dtype.itemsize,)
+    type_code = _type_code(dtype)
+    # Without elements, the storage would lose the address.
+    is_direct = type_code is not None and 0 not in shape and len(shape) <= _MAX_DIMS
+    if not is_direct:
+        flat = tensor_over(address, num_bytes, device, owner, on_release)
+        return flat[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
     calls = _calls()
-    block_address: int = calls.malloc(_SIZE)
-    ctypes.memmove(block_address, _template(device), _SIZE)
-    managed = _ManagedTensor.from_address(block_address)
-    managed.data = address
-    managed.num_bytes = num_bytes
-    managed.shape = block_address + _SHAPE_OFFSET
-    _live[block_address] = owner, on_release
+    try:
+        block = _spare_blocks.pop()
+    except IndexError:
+        block = calls.new_block()
+    block_address, content = block
+    _LAYOUTS[len(shape)].pack_into(
+        content,
+        0,
+        address,
+        _KINDS[device.type],
+        device.index or 0,
+        len(shape),
+        type_code,
+        block_address + _SHAPE_OFFSET,
+        0,
+        0,
+        0,
+        calls.deleter_address,
+        *shape,
+    )
+    _live[block_address] = block, owner, on_release
     tensor: torch.Tensor = from_dlpack(calls.new_capsule(block_address, _CAPSULE_NAME, None))
     return tensor
 
 
 @functools.cache
-def _template(device: torch.device) -> bytes:
-    """What is the same for all tensors of a device."""
-    managed = _ManagedTensor(
-        device_kind=_KINDS[device.type],
-        device_idx=device.index or 0,
-        num_dims=1,
-        type_code=_UNSIGNED_INT,
-        type_bits=8,
-        type_lanes=1,
-        deleter=_calls().deleter_address,
-    )
-    return bytes(managed)
+def _type_code(dtype: torch.dtype) -> int | None:
+    """How DLPack names a dtype, as torch says it; None where torch takes it from no DLPack tensor."""
+    calls = _calls()
+    try:
+        capsule = torch.empty(1, dtype=dtype).__dlpack__()
+        address = calls.pointer_of(capsule, _CAPSULE_NAME)
+        code = ctypes.c_uint32.from_address(address + _TYPE_OFFSET).value
+        return code if from_dlpack(capsule).dtype == dtype else None
+    except (BufferError, RuntimeError, ValueError):
+        return None
 
 
 class _Calls:
@@ -104,22 +119,30 @@ class _Calls:
     def __init__(self) -> None:
         api = ctypes.pythonapi
         # The raw allocator: a storage may outlive the interpreter, and what its other allocators gave.
-        self.malloc: Any = api.PyMem_RawMalloc
-        self.malloc.argtypes, self.malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
-        self.free: Any = api.PyMem_RawFree
-        self.free.argtypes, self.free.restype = (ctypes.c_void_p,), None
+        self._malloc: Any = api.PyMem_RawMalloc
+        self._malloc.argtypes, self._malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
         self.new_capsule: Any = api.PyCapsule_New
         self.new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
         self.new_capsule.restype = ctypes.py_object
-        self.deleter = _Deleter(self._delete)
-        self.deleter_address = ctypes.cast(self.deleter, ctypes.c_void_p).value
+        self.pointer_of: Any = api.PyCapsule_GetPointer
+        self.pointer_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
+        self.pointer_of.restype = ctypes.c_void_p
+        self.deleter = _Deleter(_delete)
+        self.deleter_address: int = ctypes.cast(self.deleter, ctypes.c_void_p).value or 0
 
-    def _delete(self, block_address: int) -> None:
-        owner, on_release = _live.pop(block_address)
-        self.free(block_address)
-        if on_release is not None:
-            on_release()
-        del owner
+    def new_block(self) -> _Block:
+        num_bytes = _LAYOUTS[_MAX_DIMS].size
+        address: int = self._malloc(num_bytes)
+        return address, (ctypes.c_char * num_bytes).from_address(address)
+
+
+def _delete(block_address: int) -> None:
+    block, owner, on_release = _live.pop(block_address)
+    # Torch reads nothing of it after this call.
+    _spare_blocks.append(block)
+    if on_release is not None:
+        on_release()
+    del owner
 
 
 @functools.cache
@@ -131,4 +154,4 @@ def _calls() -> _Calls:
 def _disarm() -> None:
     """Take the deleter out of all live storages: some die after the interpreter, when it can no longer be called."""
     for block_address in list(_live):
-        _ManagedTensor.from_address(block_address).deleter = None
+        ctypes.c_void_p.from_address(block_address + _DELETER_OFFSET).value = None

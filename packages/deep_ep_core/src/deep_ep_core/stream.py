@@ -6,7 +6,6 @@ when it returns, so streams and events carry no work there; the same calls are v
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from deep_ep_core.cuda_streams import RecordedEvent, current_stream
 from deep_ep_core.env import get_env
 from deep_ep_core.errors import ConfigError
 
@@ -30,9 +30,14 @@ class NoEventError(ConfigError, AssertionError):
 
 def _default_device() -> torch.device:
     """The device whose current stream a bare `EventHandle()` records on."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _idx_of(device: torch.device) -> int:
+    """Index of a CUDA device; that of the current one where none is given."""
+    return device.index if device.index is not None else torch.cuda.current_device()
 
 
 class EventHandle:
@@ -58,10 +63,9 @@ class EventHandle:
     ) -> None:
         self.device = _default_device() if device is None else torch.device(device)
         self._kept_tensors = tuple(kept_tensors)
-        self._event: torch.cuda.Event | None = None
+        self._event: RecordedEvent | None = None
         if self.device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(stream if stream is not None else torch.cuda.current_stream(self.device))
+            self._event = RecordedEvent(stream if stream is not None else current_stream(_idx_of(self.device)))
 
     def current_stream_wait(self) -> None:
         """Make the current stream of the event's device wait for the event. Does not block the host."""
@@ -70,7 +74,7 @@ class EventHandle:
     def wait_on(self, stream: torch.cuda.Stream | None) -> None:
         """Make `stream` (None: the current one) wait for the event. Does not block the host."""
         if self._event is not None:
-            (stream if stream is not None else torch.cuda.current_stream(self.device)).wait_event(self._event)
+            self._event.wait_on(stream if stream is not None else current_stream(_idx_of(self.device)))
 
     def __repr__(self) -> str:
         return f"EventHandle(device={self.device}, kept_tensors={len(self._kept_tensors)})"
@@ -162,11 +166,14 @@ def comm_stream(device: torch.device) -> torch.cuda.Stream | torch.cpu.Stream:
     """
     if device.type != "cuda":
         return torch.cpu.current_stream()
-    device_idx = device.index if device.index is not None else torch.cuda.current_device()
-    with _comm_streams_lock:
-        if device_idx not in _comm_streams:
-            _comm_streams[device_idx] = torch.cuda.Stream(device_idx, priority=-1)
-        return _comm_streams[device_idx]
+    device_idx = _idx_of(device)
+    stream = _comm_streams.get(device_idx)
+    if stream is None:
+        with _comm_streams_lock:
+            if device_idx not in _comm_streams:
+                _comm_streams[device_idx] = torch.cuda.Stream(device_idx, priority=-1)
+            stream = _comm_streams[device_idx]
+    return stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,12 +212,19 @@ class CommScope:
 
     Inside the `with` block the communication stream is current. It has waited for `previous_event`, or for the
     caller's stream where none is given. `finish` ends the operation: it returns an event, or makes the caller's stream
-    wait. Tensors that cross the two streams are recorded on both, or kept alive by the event
-    (`EP_AVOID_RECORD_STREAM`).
+    wait. Tensors that cross the two streams are recorded on the one that they do not come from, or kept alive by the
+    event (`EP_AVOID_RECORD_STREAM`).
+
+    Torch records no stream for memory that it did not allocate. Who makes or uses tensors of a heap in the block tells
+    the heap himself: `compute_stream` uses what is returned, `comm_stream` what was passed in.
 
     Args:
         device: Device of the operation.
         options: How the operation sits in the caller's streams.
+
+    Attributes:
+        compute_stream: The caller's stream, in the block; None before it, and on a CPU.
+        comm_stream: The communication stream, in the same way.
 
     Raises:
         ConfigError: The communication stream is already current, so there is nothing to overlap with.
@@ -219,14 +233,14 @@ class CommScope:
     def __init__(self, device: torch.device, options: StreamOptions) -> None:
         self._device = device
         self._options = options
-        self._compute_stream: torch.cuda.Stream | None = None
-        self._comm_stream: torch.cuda.Stream | None = None
-        self._restore = contextlib.ExitStack()
+        self.compute_stream: torch.cuda.Stream | None = None
+        self.comm_stream: torch.cuda.Stream | None = None
+        self._device_idx_before = 0
 
     def __enter__(self) -> CommScope:
         if self._device.type != "cuda":
             return self
-        compute, comm = torch.cuda.current_stream(self._device), comm_stream(self._device)
+        compute, comm = current_stream(_idx_of(self._device)), comm_stream(self._device)
         assert isinstance(comm, torch.cuda.Stream)
         if compute == comm:
             raise ConfigError(
@@ -236,46 +250,57 @@ class CommScope:
         if self._options.previous_event is not None:
             _wait(comm, self._options.previous_event)
         else:
-            comm.wait_stream(compute)
-        self._compute_stream, self._comm_stream = compute, comm
-        # Not `set_stream`, which would leave the stream's device current where another one was.
-        self._restore.enter_context(torch.cuda.stream(comm))
+            RecordedEvent(compute).wait_on(comm)
+        # Also makes the stream's device current, where another one was. `torch.cuda.stream` takes longer than all else
+        # in this block.
+        self._device_idx_before = torch.cuda.current_device()
+        torch.cuda.set_stream(comm)
+        self.compute_stream, self.comm_stream = compute, comm
         return self
 
     def wait_before_epilogue(self) -> None:
         """Make the communication stream wait for `previous_event_before_epilogue`, if there is one."""
-        if self._comm_stream is not None and self._options.previous_event_before_epilogue is not None:
-            _wait(self._comm_stream, self._options.previous_event_before_epilogue)
+        if self.comm_stream is not None and self._options.previous_event_before_epilogue is not None:
+            _wait(self.comm_stream, self._options.previous_event_before_epilogue)
 
-    def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
-        """End the operation.
+    def finish(
+        self, inputs: Iterable[torch.Tensor | None] = (), outputs: Iterable[torch.Tensor | None] = ()
+    ) -> EventOverlap:
+        """End the operation. None entries are skipped; a tensor that is both is given as both.
 
         Args:
-            tensors: Every tensor that the operation reads or writes; None entries are skipped.
+            inputs: Every tensor from outside that the operation uses.
+            outputs: Every tensor that was made in the block and leaves it.
 
         Returns:
             An `EventOverlap` that holds an event if the operation is asynchronous, else an empty one.
         """
         is_async = self._options.async_with_compute_stream
-        if self._comm_stream is None or self._compute_stream is None:
+        if self.comm_stream is None or self.compute_stream is None:
             return EventOverlap(EventHandle(self._device)) if is_async else EventOverlap(None)
-        crossing = [tensor for tensor in tensors if tensor is not None and tensor.is_cuda]
-        keep_alive = is_async and get_env().avoid_record_stream
-        if not keep_alive:
-            # Also for a synchronous call: a result may be freed while the other stream still uses it.
-            for tensor in crossing:
-                tensor.record_stream(self._compute_stream)
-                tensor.record_stream(self._comm_stream)
+        if is_async and get_env().avoid_record_stream:
+            kept = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
+            return EventOverlap(EventHandle(self._device, stream=self.comm_stream, kept_tensors=kept))
+        # Also for a synchronous call: a tensor may be freed while the stream that it does not come from still uses it.
+        for tensors, stream in ((inputs, self.comm_stream), (outputs, self.compute_stream)):
+            for tensor in tensors:
+                if tensor is not None and tensor.is_cuda:
+                    tensor.record_stream(stream)
         if is_async:
-            kept = crossing if keep_alive else ()
-            return EventOverlap(EventHandle(self._device, stream=self._comm_stream, kept_tensors=kept))
-        self._compute_stream.wait_stream(self._comm_stream)
+            return EventOverlap(EventHandle(self._device, stream=self.comm_stream))
+        RecordedEvent(self.comm_stream).wait_on(self.compute_stream)
         return EventOverlap(None)
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore.close()
+        if self.compute_stream is None:
+            return
+        device_idx = self.compute_stream.device_index
+        torch.cuda.set_stream(self.compute_stream)
+        self.compute_stream = self.comm_stream = None
+        if self._device_idx_before != device_idx:
+            torch.cuda.set_device(self._device_idx_before)
 
 
 def _wait(stream: torch.cuda.Stream, event: EventHandle | EventOverlap) -> None:

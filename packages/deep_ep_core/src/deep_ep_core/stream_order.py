@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from deep_ep_core.cuda_streams import RecordedEvent, current_stream
+
 __all__ = ["CudaStreamOrder", "HostOrder", "StreamOrder"]
 
 _CAPTURE_MODE_RELAXED = 2
@@ -26,7 +28,7 @@ class StreamOrder(Protocol):
         """What capture a stream is part of: a number that no two captures share; None where it runs at once."""
 
     def record(self, stream: int) -> Any:
-        """A new event behind all work that a stream has so far."""
+        """An event behind all work that a stream has so far. It stays as it is while it is referred to."""
 
     def is_done(self, event: Any) -> bool:
         """Whether the work in front of an event is done. Not for an event that was captured."""
@@ -65,46 +67,48 @@ class CudaStreamOrder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._device_idx = device.index if device.index is not None else torch.cuda.current_device()
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def current(self) -> int:
         """Handle of the calling thread's current stream."""
-        stream = torch.cuda.current_stream(self._device)
-        self._streams.setdefault(stream.cuda_stream, stream)
-        return stream.cuda_stream
+        stream = current_stream(self._device_idx)
+        handle = stream.cuda_stream
+        self._streams[handle] = stream
+        return handle
 
     def capture_of(self, stream: int) -> int | None:
         """Id of the capture that a stream is part of, or None."""
         # The legacy default stream cannot be captured, and asking about it disturbs the capture of others.
         if stream == 0:
             return None
-        status, capture_id = ctypes.c_int(), ctypes.c_uint64()
-        code = _driver().cuStreamGetCaptureInfo_v2(
-            stream, ctypes.byref(status), ctypes.byref(capture_id), None, None, None
-        )
-        if code != 0:
-            raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA driver error {code}")
-        return capture_id.value if status.value != 0 else None
+        # Most often there is no capture, and its id need not be asked for.
+        status = ctypes.c_int()
+        _get_capture_info(stream, ctypes.byref(status), None)
+        if not status.value:
+            return None
+        capture_id = ctypes.c_uint64()
+        _get_capture_info(stream, ctypes.byref(status), ctypes.byref(capture_id))
+        return capture_id.value if status.value else None
 
-    def record(self, stream: int) -> torch.cuda.Event:
-        """A new event behind all work that a stream has so far."""
-        event = torch.cuda.Event()
-        event.record(self._stream(stream))
-        return event
+    def record(self, stream: int) -> RecordedEvent:
+        """An event behind all work that a stream has so far. It stays as it is while it is referred to."""
+        return RecordedEvent(self._stream(stream))
 
-    def is_done(self, event: torch.cuda.Event) -> bool:
+    def is_done(self, event: RecordedEvent) -> bool:
         """Whether the work in front of an event is done."""
         # Without this, a query would break a capture that any thread has under way.
         mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        exchange_mode, mode_pointer = _driver().cuThreadExchangeStreamCaptureMode, ctypes.byref(mode)
+        exchange_mode(mode_pointer)
         try:
-            return bool(event.query())
+            return event.is_done()
         finally:
-            _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+            exchange_mode(mode_pointer)
 
-    def wait(self, stream: int, event: torch.cuda.Event) -> None:
+    def wait(self, stream: int, event: RecordedEvent) -> None:
         """Let a stream wait for an event; does not block the host."""
-        event.wait(self._stream(stream))
+        event.wait_on(self._stream(stream))
 
     def _stream(self, handle: int) -> torch.cuda.Stream:
         stream = self._streams.get(handle)
@@ -113,9 +117,16 @@ class CudaStreamOrder:
         return stream
 
 
+def _get_capture_info(stream: int, status: Any, capture_id: Any) -> None:
+    code = _driver().cuStreamGetCaptureInfo_v2(stream, status, capture_id, None, None, None)
+    if code != 0:
+        raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA driver error {code}")
+
+
 @functools.cache
 def _driver() -> Any:
-    library = ctypes.CDLL("libcuda.so.1")
+    # Calls that return at once, for which to let the interpreter's lock go and take it again would cost more than they.
+    library = ctypes.PyDLL("libcuda.so.1")
     # The first form with a stable name; graph and dependencies are not asked for.
     library.cuStreamGetCaptureInfo_v2.argtypes = (ctypes.c_void_p,) * 6
     library.cuThreadExchangeStreamCaptureMode.argtypes = (ctypes.c_void_p,)

@@ -110,10 +110,12 @@ class DeviceOpener:
                     'use backend="auto" or "collective"'
                 )
             return
-        from deep_ep_core.nccl import Communicator
+        from deep_ep_core.nccl import shared_communicator
 
         try:
-            self._communicator = Communicator.open(self._transport.group, self._device, timeout_s=self._cpu_timeout_s)
+            self._communicator = shared_communicator(
+                self._transport.group, self._device, timeout_s=self._cpu_timeout_s
+            )
         except _REFUSALS as error:
             if self._must_open:
                 raise
@@ -149,7 +151,6 @@ class DeviceOpener:
                 gpu_timeout_s=self._gpu_timeout_s,
             )
         except _REFUSALS as error:
-            self._communicator.close()
             if self._must_open:
                 raise
             _logger.info("ElasticBuffer uses the collective backend: %s", error)

@@ -9,6 +9,7 @@ from deep_ep_core.nccl.communicator import Communicator
 from deep_ep_core.nccl.device_comm import DeviceComm, DeviceCommConfig, GinConfig, GinConnection
 from deep_ep_core.nccl.library import MIN_NCCL_VERSION, NcclLibrary, load_nccl
 from deep_ep_core.nccl.properties import CommProperties, GinType, Team
+from deep_ep_core.nccl.shared import shared_communicator
 from deep_ep_core.nccl.window import WINDOW_ALIGNMENT, NcclMemory, Window, WindowFlags
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "Window",
     "WindowFlags",
     "load_nccl",
+    "shared_communicator",
 ]

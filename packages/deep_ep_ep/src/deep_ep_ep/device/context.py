@@ -191,7 +191,6 @@ class DeviceContext:
     def close(self) -> None:
         """Let go of the window; a second call does nothing. Collective: no."""
         self.memory.close()
-        self.communicator.close()
 
     def _opened_values(self, value_idx: int) -> list[int]:
         """What each rank opened the last operation with, at a place among the agreed values."""
