@@ -119,29 +119,31 @@ def _check_tensor(
     name: str,
     tensor: Any,
     *,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     shape_text: str,
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> None:
     """One rule for every side tensor: exact shape, dtype and device, contiguous."""
-    dtype_text = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    must = f"{name} must be {shape_text} = {list(shape)} {dtype_text}, contiguous, on {device}"
-    if not isinstance(tensor, torch.Tensor):
-        raise rejected(facts.rank, must, type(tensor).__name__, "pass a tensor")
-    is_right = (
-        list(tensor.shape) == list(shape)
+    is_tensor = isinstance(tensor, torch.Tensor)
+    if (
+        is_tensor
+        and tensor.shape == shape
         and tensor.dtype in dtypes
         and tensor.device == device
         and tensor.is_contiguous()
-    )
-    if not is_right:
-        raise rejected(facts.rank, must, _shown(tensor), "reshape, cast, move or call .contiguous()")
+    ):
+        return
+    dtype_text = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    must = f"{name} must be {shape_text} = {list(shape)} {dtype_text}, contiguous, on {device}"
+    if not is_tensor:
+        raise rejected(facts.rank, must, type(tensor).__name__, "pass a tensor")
+    raise rejected(facts.rank, must, _shown(tensor), "reshape, cast, move or call .contiguous()")
 
 
 def _check_count(facts: BufferFacts, name: str, value: Any, *, low: int, high: int | None, remedy: str) -> int:
-    bound = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
     if not isinstance(value, int) or value < low or (high is not None and value > high):
+        bound = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
         raise rejected(facts.rank, f"{name} must be {bound}", repr(value), remedy)
     return int(value)
 
@@ -333,7 +335,7 @@ def check_dispatch(
     if isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2 and not 1 <= topk_idx.size(1) <= MAX_NUM_TOPK:
         raise rejected(rank, f"num_topk must lie in [1, {MAX_NUM_TOPK}]", topk_idx.size(1), "route to fewer experts")
     num_topk = topk_idx.size(1) if isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2 else 1
-    shape, shape_text = [x.size(0), num_topk], "[num_tokens, num_topk]"
+    shape, shape_text = (x.size(0), num_topk), "[num_tokens, num_topk]"
     _check_tensor(
         facts, "topk_idx", topk_idx, shape=shape, shape_text=shape_text, dtypes=TOPK_IDX_DTYPES, device=x.device
     )
@@ -359,7 +361,7 @@ def check_dispatch(
             facts,
             "cumulative_local_expert_recv_stats",
             cumulative_local_expert_recv_stats,
-            shape=[num_experts // facts.num_ranks],
+            shape=(num_experts // facts.num_ranks,),
             shape_text="[num_local_experts]",
             dtypes=(torch.int32,),
             device=x.device,
@@ -471,7 +473,7 @@ def check_combine(
                 "a tensor",
                 "apply the weights before, or make the buffer with allow_multiple_reduction=True",
             )
-        shape = [num_rows] if handle.do_expand else [num_rows, handle.num_topk]
+        shape = (num_rows,) if handle.do_expand else (num_rows, handle.num_topk)
         shape_text = "[num_expanded_tokens]" if handle.do_expand else "[num_recv_tokens, num_topk]"
         _check_tensor(
             facts,
@@ -496,7 +498,7 @@ def check_combine(
             facts,
             "bias" if len(biases) == 1 else f"bias[{bias_idx}]",
             each,
-            shape=[handle.num_tokens, x.size(1)],
+            shape=(handle.num_tokens, x.size(1)),
             shape_text="[num_tokens, hidden]",
             dtypes=(x.dtype,),
             device=x.device,

@@ -20,7 +20,7 @@ from deep_ep_ep.device.context import MAX_NUM_EXPERTS, DeviceContext, RecvMemory
 from deep_ep_ep.device.dispatch import Dispatcher
 from deep_ep_ep.device.dispatch_kernel import DispatchConfig, dispatch_spec
 from deep_ep_ep.device.plan import DevicePlan
-from deep_ep_ep.handle import EPHandle
+from deep_ep_ep.handle import EPHandle, Plan
 
 __all__ = ["OPEN_DEVICE", "DeviceBackend", "open_context"]
 
@@ -47,9 +47,22 @@ class DeviceBackend:
         self._dispatcher = Dispatcher(context, facts)
         self._combiner = Combiner(context, facts)
 
+    def plan_type(self, x: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int) -> type[Plan]:
+        """The plan of this backend, or that of the collective one for a dispatch that the kernels do not take."""
+        is_taken = (
+            x.device == self._context.device
+            and num_experts <= MAX_NUM_EXPERTS
+            and (topk_weights is None or topk_weights.dtype == torch.float32)
+        )
+        return DevicePlan if is_taken else self._collective.plan_type(x, topk_weights, num_experts)
+
     def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
         """Send each token to the ranks of its experts, and lay out what arrives."""
-        if not self._takes_dispatch(args):
+        if args.handle is None:
+            plan_type = self.plan_type(args.x, args.topk_weights, args.num_experts)
+        else:
+            plan_type = type(args.handle.plan)
+        if plan_type is not DevicePlan:
             return self._collective.dispatch(args, scope)
         result = self._dispatcher.dispatch(args, scope)
         self._record(result.recv_x, scope)
@@ -102,15 +115,6 @@ class DeviceBackend:
     def close(self) -> None:
         """Let go of the window; not collective, may be called more than once."""
         self._context.close()
-
-    def _takes_dispatch(self, args: DispatchArgs) -> bool:
-        if args.handle is not None:
-            return isinstance(args.handle.plan, DevicePlan)
-        return (
-            args.x.device == self._context.device
-            and args.num_experts <= MAX_NUM_EXPERTS
-            and (args.topk_weights is None or args.topk_weights.dtype == torch.float32)
-        )
 
     def _record(self, tensor: torch.Tensor, scope: CommScope) -> None:
         """Torch records no stream for memory of the heap."""

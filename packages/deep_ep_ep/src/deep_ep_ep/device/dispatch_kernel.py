@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,6 +133,7 @@ class RowStages:
     num_bytes: int
 
 
+@functools.lru_cache(maxsize=256)
 def row_stages(row_bytes: int, record_bytes: int) -> RowStages:
     """The stages for rows of a size.
 

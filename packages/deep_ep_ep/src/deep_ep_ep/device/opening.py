@@ -50,9 +50,8 @@ class Opening(ParamsStruct):
 
 def agreed_fields(kind: OperationKind, fields: Sequence[AgreedField]) -> tuple[AgreedField, ...]:
     """The values of an opening, in their places."""
-    opened = AgreedField(name="operation", value=kind, show=_show_kind)
     assert len(fields) <= _NUM_AGREED - 2, "an opening has no room for more values"
-    return opened, *fields
+    return _KIND_FIELDS[kind], *fields
 
 
 def set_agreed(opening: Opening, fields: Sequence[AgreedField]) -> None:
@@ -64,3 +63,6 @@ def _show_kind(value: int) -> str:
     # Both belong to a dispatch.
     names = {1: "dispatch", 2: "dispatch", 3: "combine"}
     return names.get(value, f"operation {value}")
+
+
+_KIND_FIELDS = {kind: AgreedField(name="operation", value=kind, show=_show_kind) for kind in OperationKind}

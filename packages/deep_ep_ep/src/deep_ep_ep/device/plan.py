@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from deep_ep_ep.handle import PlanParts
 
 __all__ = ["DevicePlan"]
 
@@ -32,6 +35,34 @@ class DevicePlan:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it."""
         return [self.row_of_entry, self.expert_row_of_entry, self.num_send_rows, self.metadata]
+
+    def parts(self) -> PlanParts:
+        """See `Plan`. The metadata is the handle's, which must be as the kernel wrote it when this is called."""
+        return PlanParts(
+            tensors=[self.row_of_entry, self.expert_row_of_entry, self.num_send_rows], numbers=[self.metadata_version]
+        )
+
+    @classmethod
+    def of_parts(cls, parts: PlanParts, metadata: torch.Tensor) -> DevicePlan:
+        """See `Plan`. Rows lie as the kernel laid them unless the metadata was changed in place since."""
+        row_of_entry, expert_row_of_entry, num_send_rows = parts.tensors
+        (metadata_version,) = parts.numbers
+        return cls(
+            row_of_entry=row_of_entry,
+            expert_row_of_entry=expert_row_of_entry,
+            num_send_rows=num_send_rows,
+            metadata=metadata,
+            metadata_version=metadata_version,
+        )
+
+    @classmethod
+    def new_parts(
+        cls, topk_idx: torch.Tensor, *, num_ranks: int, do_expand: bool, new_size: Callable[[], int]
+    ) -> PlanParts:
+        """See `Plan`."""
+        num_tokens, num_topk = topk_idx.shape
+        shapes = [(num_tokens, num_topk), (num_tokens if do_expand else 0, num_topk), (num_ranks,)]
+        return PlanParts(tensors=[topk_idx.new_empty(shape, dtype=torch.int32) for shape in shapes], numbers=[0])
 
     def has_row_order(self, metadata: torch.Tensor) -> bool:
         """Whether rows that come with this metadata lie as the dispatch laid them."""

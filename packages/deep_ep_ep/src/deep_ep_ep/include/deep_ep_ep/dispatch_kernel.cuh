@@ -53,7 +53,9 @@ template <class Index>
     if (blockIdx.x == 0) send_opening(p.team, p.opening_offset, p.opening, epoch);
     for (int rank = static_cast<int>(threadIdx.x); rank < p.team.num_ranks; rank += kNumThreads)
         shared.row_ends[rank] = p.recv_row_ends[rank];
-    return receive_openings(p.team, p.opening_offset, p.opening, epoch, p.wait, shared.peers);
+    if (!receive_openings(p.team, p.opening_offset, p.opening, epoch, p.wait, shared.peers)) return false;
+    // After a failure of the kernel that planned, its plan may be anything, and stores by it would go anywhere.
+    return __syncthreads_or(threadIdx.x == 0 && comm::has_expired(p.wait)) == 0;
 }
 
 // Moves rows. Called by all threads of each block. False if a wait has expired.
