@@ -645,3 +645,60 @@ def test_a_wait_of_a_stream_does_not_let_a_capture_of_it_in():
     order.captures[B] = 7
     assert heap.try_empty((ALIGNMENT,), torch.uint8) is None
     del tensor
+
+
+# --- Reservations ---
+
+
+def test_a_reservation_is_taken_in_part_and_the_rest_goes_back():
+    heap = make_heap(4096)
+    reservation = heap.try_reserve(4096)
+    assert heap.try_empty((1,), torch.uint8) is None
+    tensor = reservation.take((5, 60), torch.int32)
+    assert heap.offset_of(tensor) == reservation.offset == 0
+    assert heap.stats().used_bytes == 1280
+    rest = heap.empty((4096 - 1280,), torch.uint8)
+    assert heap.offset_of(rest) == 1280
+    del tensor, rest, reservation
+    assert heap.stats().free_bytes == 4096
+
+
+def test_what_lies_behind_a_taken_tensor_waits_for_the_stream_that_reserved():
+    order = FakeOrder()
+    heap = make_heap(1024, order=order)
+    reservation = heap.try_reserve(1024)
+    tensor = reservation.take((256,), torch.uint8)
+    order.stream = B
+    rest = heap.empty((768,), torch.uint8)
+    assert [(stream, event.stream) for stream, event in order.waits] == [(B, A)]
+    del tensor, rest
+
+
+def test_a_reservation_that_is_dropped_goes_back_whole():
+    heap = make_heap(1024)
+    reservation = heap.try_reserve(1000)
+    del reservation
+    assert heap.stats().free_bytes == 1024
+
+
+def test_a_reservation_is_taken_once_and_not_beyond_its_size():
+    heap = make_heap(1024)
+    reservation = heap.try_reserve(512)
+    with pytest.raises(ConfigError, match="must fit in its reservation of 512 bytes"):
+        reservation.take((513,), torch.uint8)
+    tensor = reservation.take((0, 7), torch.float32)
+    assert tensor.shape == (0, 7)
+    with pytest.raises(ConfigError, match="can be taken once"):
+        reservation.take((1,), torch.uint8)
+    del tensor
+    assert heap.stats().free_bytes == 1024
+
+
+def test_a_reservation_of_a_capture_stays_with_its_graph():
+    order = FakeOrder(captures={A: 7})
+    heap = make_heap(1024, order=order)
+    tensor = heap.try_reserve(1024).take((256,), torch.uint8)
+    del tensor
+    order.captures.clear()
+    assert heap.try_empty((1,), torch.uint8) is None
+    assert heap.stats().graph_bytes == 1024

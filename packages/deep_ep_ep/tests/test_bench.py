@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deep_ep_core.errors import ConfigError, DeepEPError
 from deep_ep_ep import ElasticBuffer
 from deep_ep_ep.bench import __main__ as bench_main
+from deep_ep_ep.bench.baseline import make_plan
 from deep_ep_ep.bench.cases import (
     DTYPES,
     LAYOUTS,
@@ -25,16 +26,28 @@ from deep_ep_ep.bench.cases import (
     busiest_device_bytes,
     bytes_moved_by_rank,
     make_topk_idx,
+    window_result_bytes,
 )
-from deep_ep_ep.bench.measure import slowest_rank_ms, time_rounds
+from deep_ep_ep.bench.expected import ExpectedRows, Rows, expected_rows, source_rows
+from deep_ep_ep.bench.measure import (
+    CaseRunner,
+    Measurement,
+    Session,
+    slowest_rank_ms,
+    time_host_calls,
+    time_rounds,
+)
 from deep_ep_ep.bench.report import commit_of
-from deep_ep_ep.bench.tasks import Task, check_results, make_task
+from deep_ep_ep.bench.suites import SUITES
+from deep_ep_ep.bench.tasks import check_results, make_task
 
 # The fields that the design gives a record, in its order.
 FIELDS = [
     *("op", "backend", "device", "driver", "nccl", "torch", "commit", "command", "num_ranks", "num_nodes"),
     *("num_tokens", "hidden", "num_topk", "num_experts", "dtype", "layout", "num_sms"),
     *("median_ms", "min_ms", "max_ms", "bytes_moved", "copy_gbs", "floor_ms", "ratio_to_floor", "baseline_ms"),
+    # What a device run needs beside them.
+    *("case", "mode", "recv_memory", "expert_alignment", "num_bytes", "window_bytes"),
 ]
 SMALL = Case(
     op="dispatch", layout="token", dtype="bf16", num_ranks=2, num_tokens=33, hidden=256, num_topk=4, num_experts=8
@@ -141,54 +154,164 @@ def test_sweep_takes_every_combination_and_a_combine_once_for_all_dtypes():
     assert {case.dtype for case in cases if case.op == "combine"} == {"bf16"}
 
 
-def compare_with_library(case: Case) -> tuple[int, int]:
+def run_both_sides(case: Case) -> tuple[int, int]:
     """On one rank: check a task as the benchmark does; how many rows of the library's result are real, of how many."""
+    rank = dist.get_rank()
     with ElasticBuffer(
         dist.group.WORLD, num_max_tokens_per_rank=case.num_tokens, hidden=case.hidden, num_topk=case.num_topk
     ) as buffer:
         task = make_task(case, make_topk_idx(case), buffer, device=torch.device("cpu"))
-        check_results(task, rank=dist.get_rank())
-        result = task.run()
-        num_rows = len(result[0] if isinstance(result, tuple) else result)
-        return num_rows if task.real_rows is None else len(task.real_rows), num_rows
+        rows = task.run()
+        check_results(case, rows, task.expected, rank=rank, whose="the library")
+        check_results(case, task.run_baseline(), task.expected, rank=rank, whose="the baseline")
+        return len(task.expected.source), len(rows if isinstance(rows, torch.Tensor) else rows[0])
 
 
-def compare_wrong_results(case: Case) -> None:
-    with ElasticBuffer(
-        dist.group.WORLD, num_max_tokens_per_rank=case.num_tokens, hidden=case.hidden, num_topk=case.num_topk
-    ) as buffer:
-        task = make_task(case, make_topk_idx(case), buffer, device=torch.device("cpu"))
-
-        def run_baseline() -> torch.Tensor:
-            rows = task.run_baseline()
-            assert isinstance(rows, torch.Tensor)
-            return rows.roll(1, 0)
-
-        wrong = Task(run=task.run, run_baseline=run_baseline, real_rows=task.real_rows, num_sms=0)
-        check_results(wrong, rank=dist.get_rank())
-
-
+@pytest.mark.parametrize("mode", ["stream", "host"])
 @pytest.mark.parametrize(
     ("op", "layout", "dtype"), [each for each in product(OPS, LAYOUTS, DTYPES) if each[::2] != ("combine", "fp8")]
 )
-def test_baseline_gives_the_rows_of_the_library(rank_pool, op, layout, dtype):
-    case = replace(SMALL, op=op, layout=layout, dtype=dtype, expert_alignment=8, imbalance=1.25)
+def test_library_and_baseline_give_the_rows_that_routing_and_values_imply(rank_pool, op, layout, dtype, mode):
+    case = replace(SMALL, op=op, layout=layout, dtype=dtype, mode=mode, expert_alignment=8, imbalance=1.25)
     is_sent = torch.stack([(make_topk_idx(case) // 4 == rank).any(2) for rank in range(2)])
-    for rank, (num_real, num_rows) in enumerate(rank_pool(2).run(compare_with_library, case)):
+    for rank, (num_real, num_rows) in enumerate(rank_pool(2).run(run_both_sides, case)):
         if op == "combine":
             assert num_real == num_rows == 33
         elif layout == "token":
-            assert num_real == num_rows == int(is_sent[rank].sum())
+            assert num_real == int(is_sent[rank].sum())
+            # Without a CPU sync a dispatch returns what may come at most.
+            assert num_rows == (num_real if mode == "stream" else 2 * 33)
         else:
             assert num_real == int((make_topk_idx(case) // 4 == rank).sum())
             assert num_rows % 8 == 0
 
 
-@pytest.mark.parametrize("op", ["dispatch", "combine"])
-def test_results_that_differ_stop_the_benchmark(rank_pool, op):
-    for outcome in rank_pool(2).run_catching(compare_wrong_results, replace(SMALL, op=op)):
-        assert outcome.error_type_name == DeepEPError.__name__
-        assert f"differ on rank {outcome.rank}" in outcome.error_message
+def right_rows(case: Case) -> tuple[ExpectedRows, Rows]:
+    """What a case must return on rank 0, and a result that is right; bf16 or FP8, token-major."""
+    plan = make_plan(case, make_topk_idx(case), rank=0, device=torch.device("cpu"))
+    expected = expected_rows(case, plan, rank=0)
+    return expected, source_rows(expected.source, case)
+
+
+def test_row_in_a_wrong_place_is_seen():
+    expected, rows = right_rows(SMALL)
+    assert isinstance(rows, torch.Tensor)
+    assert expected.is_met_by(rows)
+    swapped = rows.clone()
+    swapped[[7, 8]] = rows[[8, 7]]
+    assert not expected.is_met_by(swapped)
+    assert not expected.is_met_by(rows[:-1])
+    assert not expected.is_met_by(torch.cat([rows, rows[:1]])), "with a CPU sync the size is exact"
+    with pytest.raises(DeepEPError, match=r"the library must bring each row to its place .* on rank 3"):
+        check_results(SMALL, swapped, expected, rank=3, whose="the library")
+
+
+def test_wrong_scale_is_seen():
+    expected, rows = right_rows(replace(SMALL, dtype="fp8"))
+    assert isinstance(rows, tuple)
+    payload, scales = rows
+    assert expected.is_met_by((payload, scales))
+    wrong = scales.clone()
+    wrong[3, 1] *= 2
+    assert not expected.is_met_by((payload, wrong))
+
+
+def test_no_two_tokens_have_the_same_row():
+    case = replace(SMALL, num_tokens=4096, num_ranks=8, num_experts=16, hidden=64)
+    rows = source_rows(torch.arange(8 * 4096), case)
+    assert isinstance(rows, torch.Tensor)
+    assert len(rows.float().unique(dim=0)) == 8 * 4096
+
+
+def test_missing_summand_is_seen():
+    case = replace(SMALL, op="combine")
+    plan = make_plan(case, make_topk_idx(case), rank=1, device=torch.device("cpu"))
+    expected = expected_rows(case, plan, rank=1)
+    rows = source_rows(torch.arange(33, 66), case)
+    assert isinstance(rows, torch.Tensor)
+    assert expected.is_met_by(rows * plan.num_summands[:, None])
+    assert int(plan.num_summands.max()) == 2
+    assert not expected.is_met_by(rows * plan.num_summands.clamp(max=1)[:, None])
+
+
+def results_of_one_dispatch(case: Case) -> int:
+    """On one rank: bytes of what a dispatch returns row by row, as a window has to hold them."""
+    with ElasticBuffer(
+        dist.group.WORLD, num_max_tokens_per_rank=case.num_tokens, hidden=case.hidden, num_topk=case.num_topk
+    ) as buffer:
+        rows = make_task(case, make_topk_idx(case), buffer, device=torch.device("cpu")).run()
+        payload = rows if isinstance(rows, torch.Tensor) else rows[0]
+        return payload.nbytes
+
+
+@pytest.mark.parametrize(("layout", "dtype", "mode"), list(product(LAYOUTS, DTYPES, ["stream", "host"])))
+def test_window_has_room_for_the_results_of_the_fullest_rank_and_little_more(rank_pool, layout, dtype, mode):
+    case = replace(SMALL, layout=layout, dtype=dtype, mode=mode, expert_alignment=16, imbalance=1.5, hidden=1024)
+    fullest = max(rank_pool(2).run(results_of_one_dispatch, case))
+    # Beside the rows: at most 64 bytes a token for ids and weights, 32 for scales, and alignment.
+    assert fullest < window_result_bytes(case, make_topk_idx(case)) <= fullest + 66 * 96 + 2 * 256
+
+
+def test_suite_has_a_name_for_each_case_and_patterns_select():
+    suite = SUITES["h100x1"]
+    cases = suite.select([], num_ranks=4)
+    assert len({case.name for case in cases}) == len(cases)
+    assert {case.num_ranks for case in cases} == {4}
+    assert {case.num_tokens for case in cases} == {4096, 128}
+    assert [case.name for case in suite.select(["decode-*-graph"], num_ranks=8)] == [
+        "decode-dispatch-graph",
+        "decode-combine-graph",
+    ]
+    with pytest.raises(ConfigError, match=r"called so \(got 'combin' of dispatch,"):
+        suite.select(["dispatch", "combin"], num_ranks=8)
+
+
+def run_cases(cases: list[Case], *, has_baseline: bool) -> list[tuple[Measurement, int]]:
+    """On one rank: measure cases; each measurement, with the number of the buffer that it came from."""
+    group = dist.group.WORLD
+    assert group is not None
+    session = Session(
+        group=group,
+        host_group=group,
+        device=torch.device("cpu"),
+        device_of_rank=["cpu"] * dist.get_world_size(),
+        backend="auto",
+        num_rounds=2,
+        num_warmup=1,
+        has_baseline=has_baseline,
+    )
+    runner = CaseRunner(session)
+    results = []
+    for case in cases:
+        measurement = runner.run(case)
+        assert runner._buffer is not None
+        results.append((measurement, runner._buffer.id))
+    runner.close()
+    return results
+
+
+def test_cases_of_one_shape_share_a_buffer_and_a_baseline(rank_pool):
+    large = replace(SMALL, layout="expert", expert_alignment=4096)
+    cases = [SMALL, replace(SMALL, num_sms=8, name="b"), replace(SMALL, op="combine"), large]
+    (first, second, combine, by_expert), _ = rank_pool(2).run(run_cases, cases, has_baseline=True)
+    assert first[1] == second[1] == combine[1] != by_expert[1]
+    assert first[0].baseline == second[0].baseline
+    assert first[0].baseline != combine[0].baseline
+    assert first[0].num_bytes == 2 << 20
+    assert by_expert[0].num_bytes >= 4 * 4096 * 512, "the rows of 4 local experts"
+    assert first[0].window_bytes is None
+
+
+def test_host_mode_has_no_baseline_and_none_is_run_where_it_is_not_wanted(rank_pool):
+    host = replace(SMALL, mode="host")
+    assert rank_pool(2).run(run_cases, [host], has_baseline=True)[0][0][0].baseline is None
+    assert rank_pool(2).run(run_cases, [SMALL], has_baseline=False)[0][0][0].baseline is None
+
+
+def test_graph_needs_a_gpu(rank_pool):
+    for outcome in rank_pool(2).run_catching(run_cases, [replace(SMALL, mode="graph")], has_baseline=False):
+        assert outcome.error_type_name == ConfigError.__name__
+        assert "use --device cuda, or --mode stream" in outcome.error_message
 
 
 def slowest_of_made_up_times() -> list[float]:
@@ -212,6 +335,14 @@ def test_barrier_comes_before_each_round_and_warmup_does_not_count():
     )
     assert events == ["barrier", "call"] * 5
     assert len(times_ms) == 3
+    assert min(times_ms) >= 0
+
+
+def test_host_time_is_that_of_each_call_after_the_warmup():
+    events = []
+    times_ms = time_host_calls(lambda: events.append("call"), device=torch.device("cpu"), num_calls=5, num_warmup=2)
+    assert len(times_ms) == 5
+    assert events == ["call"] * 7
     assert min(times_ms) >= 0
 
 
@@ -251,6 +382,10 @@ ARGUMENTS = ["--tokens", "16", "--hidden", "256", "--topk", "4", "--experts", "8
         (["--tokens", "16,0"], "must be an integer of at least 1 (got '0')"),
         (["--dtype", "fp4"], "must be of bf16, fp8 (got 'fp4')"),
         (["--layout", "row"], "must be of token, expert (got 'row')"),
+        (["--mode", "gpu"], "must be of stream, graph, host (got 'gpu')"),
+        (["--recv-memory", "heap"], "must be of auto, window, torch (got 'heap')"),
+        (["--only", "dispatch"], "pass --suite too"),
+        (["--suite", "h100x1"], "--suite has values of its own; leave out --tokens"),
     ],
 )
 def test_wrong_arguments_are_told_before_any_rank_starts(capsys, monkeypatch, arguments, words):
@@ -259,6 +394,17 @@ def test_wrong_arguments_are_told_before_any_rank_starts(capsys, monkeypatch, ar
         bench_main.main([*ARGUMENTS, *arguments])
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_ranks_of_a_gpu_are_started_for_it_and_a_suite_knows_their_number(monkeypatch):
+    started = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(bench_main, "launch_main", lambda arguments: started.append(arguments) or 7)
+    arguments = ["--suite", "h100x1", "--device", "cuda", "--only", "decode-*"]
+    assert bench_main.main(arguments) == 7
+    assert bench_main.main(["--ranks", "4", "--nodes", "2", "--device", "cpu"]) == 7
+    assert started[0] == ["--ranks", "8", "--device", "cuda", "--no-prefix", "-m", "deep_ep_ep.bench", *arguments]
+    assert started[1][:6] == ["--ranks", "4", "--nodes", "2", "--device", "cpu"]
 
 
 def clean_environment() -> dict[str, str]:
@@ -289,6 +435,11 @@ def check_record(record: dict, arguments: list[str]) -> None:
     assert (record["driver"], record["nccl"], record["num_sms"]) == (None, None, None)
     assert 0 < record["min_ms"] <= record["median_ms"] <= record["max_ms"]
     assert record["copy_gbs"] > 0
+    assert (record["case"], record["recv_memory"], record["window_bytes"]) == (None, None, None)
+    assert record["num_bytes"] % (2 << 20) == 0
+    if record["mode"] == "host":
+        assert (record["floor_ms"], record["ratio_to_floor"], record["baseline_ms"]) == (None, None, None)
+        return
     assert record["baseline_ms"] > 0
     assert record["floor_ms"] == pytest.approx(record["bytes_moved"] / record["copy_gbs"] / 1e6)
     assert record["ratio_to_floor"] == pytest.approx(record["median_ms"] / record["floor_ms"])
@@ -307,15 +458,28 @@ def check_record(record: dict, arguments: list[str]) -> None:
 
 def test_ranks_start_by_themselves_and_standard_output_holds_one_json_line_a_case(tmp_path):
     arguments = [*ARGUMENTS, "--ranks", "2", "--nodes", "2", "--layout", "both", "--dtype", "bf16,fp8"]
-    arguments += ["--ops", "dispatch,combine,cached-dispatch", "--rounds", "3", "--warmup", "1", "--json", "-"]
+    arguments += [
+        "--ops",
+        "dispatch,combine,cached-dispatch",
+        "--mode",
+        "stream,host",
+        "--rounds",
+        "3",
+        "--warmup",
+        "1",
+        "--json",
+        "-",
+    ]
     done = run_module(["deep_ep_ep.bench", *arguments], folder=tmp_path)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     for record in records:
         check_record(record, arguments)
         assert record["num_nodes"] == 2
-    measured = {(record["op"], record["layout"], record["dtype"]) for record in records}
-    wanted = set(product(OPS, LAYOUTS, DTYPES)) - {("combine", layout, "fp8") for layout in LAYOUTS}
+    measured = {(record["op"], record["layout"], record["dtype"], record["mode"]) for record in records}
+    wanted = {
+        each for each in product(OPS, LAYOUTS, DTYPES, ["stream", "host"]) if (each[0], each[2]) != ("combine", "fp8")
+    }
     assert measured == wanted
     assert len(records) == len(wanted)
     assert max(map(len, done.stderr.splitlines())) <= 120

@@ -113,12 +113,12 @@ def test_signature_is_that_of_deepep_v2(name):
     assert list(got.items()) == list(SIGNATURES[name].items())
 
 
-def test_backend_is_the_only_argument_of_our_own():
-    """And it must be named, so that a later argument of upstream's cannot land on it."""
+def test_the_arguments_of_our_own_are_two():
+    """And they must be named, so that a later argument of upstream's cannot land on them."""
     for name in SIGNATURES:
         parameters = inspect.signature(getattr(ElasticBuffer, name)).parameters.values()
         own = [each.name for each in parameters if each.kind == inspect.Parameter.KEYWORD_ONLY]
-        assert own == (["backend"] if name == "__init__" else [])
+        assert own == (["backend", "recv_memory"] if name == "__init__" else [])
 
 
 def test_domain_functions_have_upstream_signatures():

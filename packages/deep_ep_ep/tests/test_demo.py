@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from deep_ep_core.errors import ConfigError
+from deep_ep_core.local.gpus import find_gpus
 from deep_ep_ep.demo.__main__ import conclude, main
 from deep_ep_ep.demo.agreement import compare
 from deep_ep_ep.demo.model import AllExpertsHere, Experts, ModelConfig, MoELayer, Transformer, choose_experts
@@ -190,7 +192,9 @@ def made_up_run(num_steps: int = 3) -> Run:
 
 
 def made_up_runs(sharded: Run) -> Runs:
-    return Runs(config=TrainConfig(num_steps=3), num_ranks=4, sharded=sharded, unsharded=made_up_run())
+    return Runs(
+        config=TrainConfig(num_steps=3), num_ranks=4, backend="made-up", sharded=sharded, unsharded=made_up_run()
+    )
 
 
 def test_equal_runs_agree():
@@ -243,6 +247,7 @@ def test_agreement_ends_with_zero_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG_SIGNATURE)
     shown = capsys.readouterr()
     assert "AGREE" in shown.out
+    assert "dispatch and combine: made-up backend" in shown.out
     assert shown.err == ""
 
 
@@ -337,7 +342,22 @@ def test_short_demo_trains_agrees_and_draws(tmp_path):
     assert "the sharded and the unsharded run AGREE" in ended.stdout
     assert "step    4/4" in ended.stdout
     assert "parameters, experts" in ended.stdout
+    assert "dispatch and combine: collective backend" in ended.stdout
     assert picture.read_bytes().startswith(PNG_SIGNATURE)
+
+
+@pytest.mark.gpu
+def test_demo_on_one_gpu_uses_the_device_backend_and_agrees(gpu_rank_pool, tmp_path, monkeypatch):
+    """Four ranks of one GPU: the same comparison and tolerances as on CPUs."""
+    # Its MPS server would share the GPU with that of the demo's ranks.
+    gpu_rank_pool.close()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", find_gpus(os.environ)[0])
+    options = ["--device", "cuda", "--ranks", "4", "--steps", "30", "--out", str(tmp_path / "demo.png")]
+    ended = run_program("-m", "deep_ep_ep.demo", *options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "dispatch and combine: device backend" in ended.stdout
+    assert "ranks: 4 on cuda" in ended.stdout
+    assert "the sharded and the unsharded run AGREE" in ended.stdout
 
 
 # Experts that are one off: what a mistake in the order of experts or ranks would do.

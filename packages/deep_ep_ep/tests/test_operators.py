@@ -7,12 +7,23 @@ import pytest
 import torch
 
 
+@pytest.mark.parametrize("has_device_plans", [False, True], ids=["collective", "plans of the device backend"])
 @pytest.mark.parametrize(
     ("topk_idx_dtype", "has_weights"), [(torch.int64, True), (torch.int32, False)], ids=["int64", "int32, no weights"]
 )
-def test_operators_are_registered_as_torch_asks(rank_pool, topk_idx_dtype, has_weights):
+def test_operators_are_registered_as_torch_asks(rank_pool, topk_idx_dtype, has_weights, has_device_plans):
     """Schema, fake results and autograd registration: both layouts, exact and worst-case sizes."""
-    assert rank_pool(2).run(ep_unit_operators.failed_operator_checks, topk_idx_dtype, has_weights) == [[], []]
+    found = rank_pool(2).run(ep_unit_operators.failed_operator_checks, topk_idx_dtype, has_weights, has_device_plans)
+    assert found == [[], []]
+
+
+def test_plans_of_the_device_backend_pass_through_compiled_programs(rank_pool):
+    """Its handles, with the collective backend moving the rows; the kernels themselves need a GPU."""
+    rank_pool(2).run(ep_unit_operators.check_compiled_with_device_plans, timeout_s=240)
+
+
+def test_a_plan_from_operators_knows_whether_the_metadata_was_changed(rank_pool):
+    rank_pool(2).run(ep_unit_operators.check_plan_knows_of_changed_metadata)
 
 
 def test_a_compiled_block_may_meet_other_buffers(rank_pool):

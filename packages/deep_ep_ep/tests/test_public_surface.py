@@ -42,6 +42,7 @@ PUBLIC_BUFFER_METHODS = [
     "combine",
     "destroy",
     "dispatch",
+    "empty_like_recv",
     "get_buffer_size_hint",
     "get_comm_stream",
     "get_logical_domain_size",

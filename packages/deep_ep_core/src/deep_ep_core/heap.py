@@ -22,7 +22,7 @@ from deep_ep_core.free_ranges import Fence, FreeRange, FreeRanges
 from deep_ep_core.raw_tensor import tensor_over
 from deep_ep_core.stream_order import CudaStreamOrder, HostOrder, StreamOrder
 
-__all__ = ["Heap", "HeapFullError", "HeapStats"]
+__all__ = ["Heap", "HeapFullError", "HeapStats", "Reservation"]
 
 # Capture of a region that can never be handed out again: no capture of CUDA's has this number.
 _LOST = -1
@@ -63,6 +63,50 @@ class _Region:
     streams: set[int]
     # By stream, once known; None until then.
     fences: dict[int, Fence] | None = None
+
+
+class Reservation:
+    """A region of a heap whose final size is not known yet; made by `Heap.try_reserve`.
+
+    Kernels may be given its place at once. It goes back when this object is dropped before `take`.
+
+    Args:
+        heap: The heap.
+        region: The region.
+
+    Attributes:
+        offset: Where it begins, in bytes from the heap's address.
+    """
+
+    def __init__(self, heap: Heap, region: _Region) -> None:
+        self._heap = heap
+        self._region: _Region | None = region
+        self.offset = region.place.offset
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor that begins where the region does; what lies behind it goes back to the heap. Once only.
+
+        Args:
+            shape: Its shape; it must fit in the region.
+            dtype: Its dtype.
+
+        Raises:
+            ConfigError: It does not fit, or was taken already.
+
+        Stream: what lies behind it is free behind the work that the current stream has now.
+        """
+        region, self._region = self._region, None
+        if region is None:
+            raise ConfigError("a reservation can be taken once, but it was taken before; reserve again")
+        try:
+            return self._heap._take_reserved(region, shape, dtype)
+        except BaseException:
+            self._region = region
+            raise
+
+    def __del__(self) -> None:
+        if self._region is not None:
+            self._heap._release(self._region)
 
 
 class Heap:
@@ -148,9 +192,43 @@ class Heap:
         """`empty`, but None where no free region is large enough."""
         num_bytes = math.prod(shape) * dtype.itemsize
         # A tensor without elements gets a place too, so that every tensor has an offset.
-        region = self._allocate(-(-(num_bytes or 1) // self._alignment) * self._alignment)
-        if region is None:
-            return None
+        region = self._allocate(self._whole(num_bytes))
+        return None if region is None else self._tensor(region, shape, dtype)
+
+    def try_reserve(self, num_bytes: int) -> Reservation | None:
+        """A region of at least so many bytes, of which a tensor is made later; None where no free one is large enough.
+
+        Raises:
+            ConfigError: The heap is closed.
+
+        Stream: as `empty`. Collective: no.
+        """
+        region = self._allocate(self._whole(num_bytes))
+        return None if region is None else Reservation(self, region)
+
+    def _whole(self, num_bytes: int) -> int:
+        return -(-(num_bytes or 1) // self._alignment) * self._alignment
+
+    def _take_reserved(self, region: _Region, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        place, num_bytes = region.place, self._whole(math.prod(shape) * dtype.itemsize)
+        if num_bytes > place.num_bytes:
+            raise ConfigError(
+                f"a tensor must fit in its reservation of {place.num_bytes} bytes (got {num_bytes} for {list(shape)} "
+                f"{dtype}); reserve more"
+            )
+        if num_bytes < place.num_bytes:
+            rest = FreeRange(
+                offset=place.offset + num_bytes, num_bytes=place.num_bytes - num_bytes, capture=place.capture
+            )
+            tail = _Region(place=rest, streams=set(region.streams))
+            with self._lock:
+                place.num_bytes = num_bytes
+                self._regions[rest.offset] = tail
+            self._release(tail)
+        return self._tensor(region, shape, dtype)
+
+    def _tensor(self, region: _Region, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
         # The memory is its owner: it must outlive this region even if the heap is closed before.
         return tensor_over(
             self._address + region.place.offset,

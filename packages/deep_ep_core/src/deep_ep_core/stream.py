@@ -215,24 +215,30 @@ class CommScope:
     wait. Tensors that cross the two streams are recorded on the one that they do not come from, or kept alive by the
     event (`EP_AVOID_RECORD_STREAM`).
 
+    An operation that returns nothing to wait for, and starts where the caller's stream stands, gains nothing from a
+    stream of its own: with `may_stay` it runs on the caller's stream, which spares the host a good part of its work.
+
     Torch records no stream for memory that it did not allocate. Who makes or uses tensors of a heap in the block tells
     the heap himself: `compute_stream` uses what is returned, `comm_stream` what was passed in.
 
     Args:
         device: Device of the operation.
         options: How the operation sits in the caller's streams.
+        may_stay: Whether the operation may run on the caller's stream where that makes no difference.
 
     Attributes:
         compute_stream: The caller's stream, in the block; None before it, and on a CPU.
-        comm_stream: The communication stream, in the same way.
+        comm_stream: The stream that the operation runs on, in the same way: the communication stream or, where the
+            operation stays, the caller's.
 
     Raises:
         ConfigError: The communication stream is already current, so there is nothing to overlap with.
     """
 
-    def __init__(self, device: torch.device, options: StreamOptions) -> None:
+    def __init__(self, device: torch.device, options: StreamOptions, *, may_stay: bool = False) -> None:
         self._device = device
         self._options = options
+        self._stays = may_stay and not options.async_with_compute_stream and options.previous_event is None
         self.compute_stream: torch.cuda.Stream | None = None
         self.comm_stream: torch.cuda.Stream | None = None
         self._device_idx_before = 0
@@ -240,7 +246,11 @@ class CommScope:
     def __enter__(self) -> CommScope:
         if self._device.type != "cuda":
             return self
-        compute, comm = current_stream(_idx_of(self._device)), comm_stream(self._device)
+        compute = current_stream(_idx_of(self._device))
+        if self._stays:
+            self.compute_stream = self.comm_stream = compute
+            return self
+        comm = comm_stream(self._device)
         assert isinstance(comm, torch.cuda.Stream)
         if compute == comm:
             raise ConfigError(
@@ -278,6 +288,8 @@ class CommScope:
         is_async = self._options.async_with_compute_stream
         if self.comm_stream is None or self.compute_stream is None:
             return EventOverlap(EventHandle(self._device)) if is_async else EventOverlap(None)
+        if self._stays:
+            return EventOverlap(None)
         if is_async and get_env().avoid_record_stream:
             kept = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
             return EventOverlap(EventHandle(self._device, stream=self.comm_stream, kept_tensors=kept))
@@ -295,6 +307,9 @@ class CommScope:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.compute_stream is None:
+            return
+        if self._stays:
+            self.compute_stream = self.comm_stream = None
             return
         device_idx = self.compute_stream.device_index
         torch.cuda.set_stream(self.compute_stream)

@@ -2,9 +2,9 @@
 
 The backward of a dispatch is a combine and the other way round, gradients of the routing weights included. The
 operators take and return tensors and numbers only, so they trace under `torch.compile`; a buffer is named by a number
-and a handle travels as its tensors. With exact sizes (`do_cpu_sync=True`) the shapes depend on the data, which
-`torch.compile` answers with a graph break unless `torch._dynamo.config.capture_dynamic_output_shape_ops` is on;
-with worst-case sizes a block compiles whole.
+and a handle travels as its tensors, see `handle_tensors`. With exact sizes (`do_cpu_sync=True`) the shapes depend on
+the data, which `torch.compile` answers with a graph break unless
+`torch._dynamo.config.capture_dynamic_output_shape_ops` is on; with worst-case sizes a block compiles whole.
 
 Every row that no token stands behind (padding between experts, the tail of a worst-case tensor) is zero here, its
 experts -1, in the forward and in the backward pass, so that it adds nothing to a parameter's gradient.
@@ -12,7 +12,7 @@ experts -1, in the forward and in the backward pass, so that it adds nothing to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,27 +26,11 @@ from torch import Tensor
 from deep_ep_core.errors import ConfigError
 from deep_ep_ep.buffer import ElasticBuffer, live_buffer
 from deep_ep_ep.handle import EPHandle, RoutingPlan
+from deep_ep_ep.handle_tensors import handle_from_tensors, named_tensor, new_handle_tensors, tensors_of_handle
 from deep_ep_ep.routing import align_up_tensor
 from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 
 __all__ = ["Combined", "Dispatched", "Routing", "combine", "dispatch"]
-
-# The tensors of a routing, in the order in which operators pass them; the first is the caller's own topk_idx.
-_ROUTING_FIELDS = (
-    "topk_idx",
-    "counts",
-    "psum_num_recv_tokens_per_scaleup_rank",
-    "psum_num_recv_tokens_per_expert",
-    "num_unaligned_recv_tokens_per_expert",
-    "recv_src_metadata",
-    "dst_buffer_slot_idx",
-    "send_token_idx",
-    "sent_row_idx",
-    "slot_idx",
-    "is_master",
-)
-# Numbers at the head of `counts`; rows sent to and received from each rank follow, then the experts' aligned counts.
-_NUM_HEAD_COUNTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +38,7 @@ class Routing:
     """The routing of one differentiable dispatch, as tensors.
 
     Attributes:
-        tensors: What the operators need, in their order.
+        tensors: What the operators need, in the order of `handle_tensors`.
         num_experts: Experts of all ranks.
         num_max_tokens_per_rank: M of the dispatch.
         expert_alignment: Each expert's rows start at a multiple of this.
@@ -69,23 +53,20 @@ class Routing:
     do_expand: bool
     buffer_id: int
 
-    def _tensor(self, name: str) -> Tensor:
-        return self.tensors[_ROUTING_FIELDS.index(name)]
-
     @property
     def topk_idx(self) -> Tensor:
         """`[num_tokens, num_topk]`: the tensor that was passed."""
-        return self._tensor("topk_idx")
+        return named_tensor(self.tensors, "topk_idx")
 
     @property
     def psum_num_recv_tokens_per_expert(self) -> Tensor:
         """`[num_local_experts]` int32, as in `EPHandle`."""
-        return self._tensor("psum_num_recv_tokens_per_expert")
+        return named_tensor(self.tensors, "psum_num_recv_tokens_per_expert")
 
     @property
     def num_unaligned_recv_tokens_per_expert(self) -> Tensor:
         """`[num_local_experts]` int32: real rows of each local expert."""
-        return self._tensor("num_unaligned_recv_tokens_per_expert")
+        return named_tensor(self.tensors, "num_unaligned_recv_tokens_per_expert")
 
     @property
     def num_recv_tokens_per_expert_list(self) -> list[int]:
@@ -186,7 +167,7 @@ def dispatch(
     if topk_weights is not None:
         topk_weights = topk_weights.contiguous()
     settings = (buffer.id, num_experts, max_tokens, expert_alignment, do_expand)
-    recv_x, recv_topk_idx, recv_topk_weights, *routing = torch.ops.deep_ep_ep.dispatch(
+    recv_x, recv_topk_idx, recv_topk_weights, routing = torch.ops.deep_ep_ep.dispatch(
         x.contiguous(), topk_idx, topk_weights, *settings, do_cpu_sync
     )
     return Dispatched(
@@ -243,37 +224,6 @@ def combine(
 # Handles as tensors
 
 
-def _to_tensors(handle: EPHandle) -> tuple[Tensor, ...]:
-    """All routing tensors but `topk_idx`, in the operators' order."""
-    plan = handle.plan
-    assert isinstance(plan, RoutingPlan), "the operators know the plan of the collective backend only"
-    counts = torch.tensor(
-        [
-            handle.num_recv_tokens,
-            handle.num_expanded_tokens,
-            handle.num_sms,
-            handle.dispatch_idx,
-            int(handle.was_cpu_synced),
-            *plan.num_send_rows,
-            *plan.num_recv_rows,
-            *(handle.num_recv_tokens_per_expert_list or [0] * handle.num_unaligned_recv_tokens_per_expert.numel()),
-        ]
-    )
-    named = {
-        "counts": counts,
-        "psum_num_recv_tokens_per_scaleup_rank": handle.psum_num_recv_tokens_per_scaleup_rank,
-        "psum_num_recv_tokens_per_expert": handle.psum_num_recv_tokens_per_expert,
-        "num_unaligned_recv_tokens_per_expert": handle.num_unaligned_recv_tokens_per_expert,
-        "recv_src_metadata": handle.recv_src_metadata,
-        "dst_buffer_slot_idx": handle.dst_buffer_slot_idx,
-        "send_token_idx": plan.send_token_idx,
-        "sent_row_idx": plan.sent_row_idx,
-        "slot_idx": plan.slot_idx,
-        "is_master": plan.is_master,
-    }
-    return tuple(named[name] for name in _ROUTING_FIELDS[1:])
-
-
 def _to_handle(
     routing: Sequence[Tensor],
     buffer_id: int,
@@ -282,37 +232,15 @@ def _to_handle(
     expert_alignment: int,
     do_expand: bool,
 ) -> EPHandle:
-    tensors = dict(zip(_ROUTING_FIELDS, routing, strict=True))
-    counts: list[int] = tensors["counts"].tolist()
-    num_ranks = live_buffer(buffer_id).num_ranks
-    num_recv, num_expanded, num_sms, dispatch_idx, was_synced = counts[:_NUM_HEAD_COUNTS]
-    rows = counts[_NUM_HEAD_COUNTS:]
-    plan = RoutingPlan(
-        send_token_idx=tensors["send_token_idx"],
-        num_send_rows=tuple(rows[:num_ranks]),
-        num_recv_rows=tuple(rows[num_ranks : 2 * num_ranks]),
-        sent_row_idx=tensors["sent_row_idx"],
-        slot_idx=tensors["slot_idx"],
-        is_master=tensors["is_master"],
-    )
-    return EPHandle(
-        do_expand=do_expand,
-        num_experts=num_experts,
-        expert_alignment=expert_alignment,
-        num_max_tokens_per_rank=num_max_tokens_per_rank,
-        num_sms=num_sms,
-        topk_idx=tensors["topk_idx"],
-        num_recv_tokens=num_recv,
-        num_expanded_tokens=num_expanded,
-        num_recv_tokens_per_expert_list=rows[2 * num_ranks :] if was_synced else [],
-        psum_num_recv_tokens_per_scaleup_rank=tensors["psum_num_recv_tokens_per_scaleup_rank"],
-        psum_num_recv_tokens_per_expert=tensors["psum_num_recv_tokens_per_expert"],
-        num_unaligned_recv_tokens_per_expert=tensors["num_unaligned_recv_tokens_per_expert"],
-        recv_src_metadata=tensors["recv_src_metadata"],
-        dst_buffer_slot_idx=tensors["dst_buffer_slot_idx"],
-        plan=plan,
+    """The handle of a routing, whose buffer must be alive."""
+    live_buffer(buffer_id)
+    return handle_from_tensors(
+        routing,
         buffer_id=buffer_id,
-        dispatch_idx=dispatch_idx,
+        num_experts=num_experts,
+        num_max_tokens_per_rank=num_max_tokens_per_rank,
+        expert_alignment=expert_alignment,
+        do_expand=do_expand,
     )
 
 
@@ -336,7 +264,16 @@ def _clear(is_cleared: Tensor | None, tensor: Tensor | None, value: int = 0) -> 
 # The operators
 
 
-@torch.library.custom_op("deep_ep_ep::dispatch", mutates_args=())
+# Written out because not every torch finds the type of a list among several results by itself. How many tensors there
+# are, and of which shapes, is up to the backend's plan.
+_DISPATCH_SCHEMA = (
+    "(Tensor x, Tensor topk_idx, Tensor? topk_weights, SymInt buffer_id, SymInt num_experts, "
+    "SymInt num_max_tokens_per_rank, SymInt expert_alignment, bool do_expand, bool do_cpu_sync) "
+    "-> (Tensor, Tensor, Tensor, Tensor[])"
+)
+
+
+@torch.library.custom_op("deep_ep_ep::dispatch", mutates_args=(), schema=_DISPATCH_SCHEMA)
 def _dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -347,7 +284,7 @@ def _dispatch(
     expert_alignment: int,
     do_expand: bool,
     do_cpu_sync: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     recv_x, recv_topk_idx, recv_weights, handle, _ = live_buffer(buffer_id).dispatch(
         x,
         topk_idx=topk_idx,
@@ -370,7 +307,7 @@ def _dispatch(
         recv_topk_idx = topk_idx.new_empty(0)
     if weights is None:
         weights = x.new_empty(0, dtype=torch.float32)
-    return (recv_x, recv_topk_idx, weights, *_to_tensors(handle))  # type: ignore[return-value]
+    return recv_x, recv_topk_idx, weights, tensors_of_handle(handle)
 
 
 def _masked_weights(weights: Tensor | None, recv_topk_idx: Tensor | None) -> Tensor | None:
@@ -391,13 +328,13 @@ def _(
     expert_alignment: int,
     do_expand: bool,
     do_cpu_sync: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     # A block that was compiled for one buffer and then meets another is traced with symbols for the numbers that
     # changed; the buffer must be one, so each gets its own program.
     buffer = live_buffer(int(buffer_id))
     num_local_experts = num_experts // buffer.num_ranks
     num_topk = topk_idx.size(1)
-    new_size = torch.library.get_ctx().new_dynamic_size
+    new_size: Callable[[], Any] = torch.library.get_ctx().new_dynamic_size
     num_recv: Any = new_size() if do_cpu_sync else max_recv_tokens(buffer.num_ranks, num_max_tokens_per_rank)
     num_rows: Any = num_recv
     if do_expand:
@@ -407,25 +344,23 @@ def _(
         num_rows = new_size() if do_cpu_sync else worst_case
     weights_shape: tuple[Any, ...] = (num_rows,) if do_expand else (num_rows, num_topk)
     weights_dtype = torch.float32 if topk_weights is None else topk_weights.dtype
-    num_counts = _NUM_HEAD_COUNTS + 2 * buffer.num_ranks + num_local_experts
-
-    def new(shape: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
+    # A closed buffer may be traced with any plan: the call says itself that the buffer is closed.
+    plan_type = RoutingPlan if buffer.runtime is None else buffer.runtime.plan_type(x, topk_weights, num_experts)
+    routing = new_handle_tensors(
+        plan_type,
+        topk_idx,
+        num_ranks=buffer.num_ranks,
+        num_scaleup_ranks=buffer.num_scaleup_ranks,
+        num_local_experts=num_local_experts,
+        num_recv=num_recv,
+        do_expand=do_expand,
+        new_size=new_size,
+    )
     return (
-        new((num_rows, x.size(1)), x.dtype),
-        new((0,) if do_expand else (num_recv, num_topk), topk_idx.dtype),
-        new((0,) if topk_weights is None else weights_shape, weights_dtype),
-        torch.empty(num_counts, dtype=torch.int64),
-        new((buffer.num_scaleup_ranks,), torch.int32),
-        new((num_local_experts,), torch.int32),
-        new((num_local_experts,), torch.int32),
-        new((num_recv, num_topk + 2), torch.int32),
-        new(tuple(topk_idx.shape), torch.int32),
-        new((new_size(),), torch.int64),
-        new(tuple(topk_idx.shape), torch.int64),
-        new(tuple(topk_idx.shape), torch.int64),
-        new(tuple(topk_idx.shape), torch.bool),
+        x.new_empty(num_rows, x.size(1)),
+        topk_idx.new_empty((0,) if do_expand else (num_recv, num_topk)),
+        x.new_empty((0,) if topk_weights is None else weights_shape, dtype=weights_dtype),
+        routing,
     )
 
 
@@ -546,12 +481,15 @@ def _combine_grads(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, Tensor | No
     return back_x, None if weights is None else back_weights
 
 
-def _set_up_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _set_up_dispatch(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]
+) -> None:
     _, topk_idx, topk_weights, *settings, _ = inputs
-    _remember(ctx, (output[0], None if topk_weights is None else output[2]), (topk_idx, *output[3:]), settings)
+    recv_x, _, recv_weights, routing = output
+    _remember(ctx, (recv_x, None if topk_weights is None else recv_weights), (topk_idx, *routing), settings)
 
 
-def _back_dispatch(ctx: Any, grad_x: Tensor | None, _: Any, grad_weights: Tensor | None, *__: Any) -> tuple[Any, ...]:
+def _back_dispatch(ctx: Any, grad_x: Tensor | None, _: Any, grad_weights: Tensor | None, __: Any) -> tuple[Any, ...]:
     back_x, back_weights = _combine_grads(ctx, grad_x, grad_weights)
     return back_x, None, back_weights, *[None] * (len(ctx.settings) + 1)
 

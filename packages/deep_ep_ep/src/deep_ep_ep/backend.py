@@ -9,7 +9,7 @@ import torch
 
 from deep_ep_core.stream import CommScope
 from deep_ep_ep.checks import CombineArgs, DispatchArgs
-from deep_ep_ep.handle import EPHandle
+from deep_ep_ep.handle import EPHandle, Plan
 
 __all__ = ["Backend", "CombineResult", "DispatchResult"]
 
@@ -37,6 +37,11 @@ class Backend(Protocol):
     """Moves rows between ranks. Arguments have passed the checks; each method is collective."""
 
     name: str
+    may_stay: bool
+    """Whether operations may run on the caller's stream, see `CommScope`."""
+
+    def plan_type(self, x: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int) -> type[Plan]:
+        """The plan that a dispatch of these arguments makes; reads no values, not collective."""
 
     def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
         """Send each token to the ranks of its experts, and lay out what arrives."""

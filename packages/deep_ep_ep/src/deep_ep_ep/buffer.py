@@ -573,8 +573,9 @@ class ElasticBuffer:
             RankMismatchError: Ranks passed different arguments; raised on every rank before any payload is sent.
             CommTimeoutError: A rank died or is late.
 
-        Collective: yes. Stream: runs on the communication stream after the current one (or `previous_event`). The
-        collective backend waits for row counts on the host in every mode.
+        Collective: yes. Stream: runs on the communication stream after the current one (or `previous_event`); on the
+        device backend a synchronous call without `previous_event` runs on the current stream, which is the same but
+        for the host's time. The collective backend waits for row counts on the host in every mode.
         """
         runtime = self._open_runtime()
         with self._rejections_reported("dispatch"):
@@ -616,7 +617,7 @@ class ElasticBuffer:
                     )
                 ),
             )
-            with CommScope(args.x.device, streams) as scope:
+            with CommScope(args.x.device, streams, may_stay=runtime.may_stay) as scope:
                 result = runtime.dispatch(args, scope)
                 event = scope.finish(
                     inputs=[
@@ -708,7 +709,7 @@ class ElasticBuffer:
                 "combine",
                 combine_buffer_bytes(self._shape(handle.num_max_tokens_per_rank, row_bytes, handle.num_topk, 0)),
             )
-            with CommScope(args.x.device, streams) as scope:
+            with CommScope(args.x.device, streams, may_stay=runtime.may_stay) as scope:
                 result = runtime.combine(args, scope)
                 event = scope.finish(
                     inputs=[args.x, args.topk_weights, *args.biases, *args.handle.tensors()],

@@ -113,9 +113,7 @@ class DeviceOpener:
         from deep_ep_core.nccl import shared_communicator
 
         try:
-            self._communicator = shared_communicator(
-                self._transport.group, self._device, timeout_s=self._cpu_timeout_s
-            )
+            self._communicator = shared_communicator(self._transport.group, self._device, timeout_s=self._cpu_timeout_s)
         except _REFUSALS as error:
             if self._must_open:
                 raise

@@ -51,12 +51,17 @@ class CollectiveBackend:
     """
 
     name = "collective"
+    may_stay = False
 
     def __init__(self, transport: CollectiveTransport, topology: Topology, facts: BufferFacts) -> None:
         self._transport = transport
         self._topology = topology
         self._facts = facts
         self._num_dispatches = 0
+
+    def plan_type(self, x: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int) -> type[RoutingPlan]:
+        """One plan for every dispatch."""
+        return RoutingPlan
 
     def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> None:
         """None: rows are copied out of any memory alike."""

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-__all__ = ["EPHandle", "Plan", "RoutingPlan"]
+__all__ = ["EPHandle", "Plan", "PlanParts", "RoutingPlan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanParts:
+    """A plan as it passes through operators.
+
+    Attributes:
+        tensors: Its tensors, but for those that the handle has too.
+        numbers: What else it holds.
+    """
+
+    tensors: list[torch.Tensor]
+    numbers: list[int]
 
 
 class Plan(Protocol):
@@ -15,6 +29,22 @@ class Plan(Protocol):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it."""
+
+    def parts(self) -> PlanParts:
+        """What `of_parts` makes it of again. Reads nothing of a device."""
+
+    @classmethod
+    def of_parts(cls, parts: PlanParts, metadata: torch.Tensor) -> Plan:
+        """The plan of these parts, in a handle with this `recv_src_metadata`."""
+
+    @classmethod
+    def new_parts(
+        cls, topk_idx: torch.Tensor, *, num_ranks: int, do_expand: bool, new_size: Callable[[], int]
+    ) -> PlanParts:
+        """Parts of the shapes and dtypes that a dispatch of `topk_idx` makes, for the tracing of operators.
+
+        Values are undefined; `new_size` gives a size that only data decide.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,6 +76,37 @@ class RoutingPlan:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it."""
         return [self.send_token_idx, self.sent_row_idx, self.slot_idx, self.is_master]
+
+    def parts(self) -> PlanParts:
+        """See `Plan`."""
+        return PlanParts(tensors=self.tensors(), numbers=[*self.num_send_rows, *self.num_recv_rows])
+
+    @classmethod
+    def of_parts(cls, parts: PlanParts, metadata: torch.Tensor) -> RoutingPlan:
+        """See `Plan`."""
+        send_token_idx, sent_row_idx, slot_idx, is_master = parts.tensors
+        num_ranks = len(parts.numbers) // 2
+        return cls(
+            send_token_idx=send_token_idx,
+            num_send_rows=tuple(parts.numbers[:num_ranks]),
+            num_recv_rows=tuple(parts.numbers[num_ranks:]),
+            sent_row_idx=sent_row_idx,
+            slot_idx=slot_idx,
+            is_master=is_master,
+        )
+
+    @classmethod
+    def new_parts(
+        cls, topk_idx: torch.Tensor, *, num_ranks: int, do_expand: bool, new_size: Callable[[], int]
+    ) -> PlanParts:
+        """See `Plan`."""
+        tensors = [
+            topk_idx.new_empty(new_size(), dtype=torch.int64),
+            topk_idx.new_empty(topk_idx.shape, dtype=torch.int64),
+            topk_idx.new_empty(topk_idx.shape, dtype=torch.int64),
+            topk_idx.new_empty(topk_idx.shape, dtype=torch.bool),
+        ]
+        return PlanParts(tensors=tensors, numbers=[0] * (2 * num_ranks))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -12,14 +12,17 @@ from deep_ep_core.jit import CompileJob, Compiler, JitOptions, KernelSpec, mirro
 from deep_ep_core.jit.compiler import NvccCompiler, NvrtcCompiler
 from deep_ep_core.jit.resources import parse_usage
 from deep_ep_core.jit.toolchain import find_nvcc, find_nvrtc, find_toolkit_headers
-from deep_ep_ep.device import combine_kernel
+from deep_ep_ep.device import combine_kernel, dispatch_kernel, opening, state
 
 INCLUDE_DIRS = (package_include_dir("deep_ep_core"), package_include_dir("deep_ep_ep"))
 HEADERS = sorted(path.relative_to(INCLUDE_DIRS[1]).as_posix() for path in INCLUDE_DIRS[1].rglob("*.cuh"))
 ARCHS = ("sm_90a", "sm_100a")
 
 # Every variant of every kernel of this package.
-SPECS: list[KernelSpec] = [*combine_kernel.all_combine_specs()]
+SPECS: list[KernelSpec] = [
+    *combine_kernel.all_combine_specs(),
+    *(dispatch_kernel.dispatch_spec(config) for config in dispatch_kernel.all_dispatch_configs()),
+]
 
 # Every warning of nvcc is an error, and the host compiler reads the headers too.
 _STRICT_FLAGS = "-Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror"
@@ -86,6 +89,46 @@ def test_launch_shape_of_combine_is_that_of_its_ring(compiler: Compiler) -> None
         "#include <deep_ep_ep/row_ring.cuh>\n"
         f"static_assert(deep_ep_ep::RowRing::kNumWarps * 32 == {combine_kernel.COMBINE_THREADS});\n"
         f"static_assert(deep_ep_ep::RowRing::kNumBlockBytes == {combine_kernel.COMBINE_SMEM_BYTES});\n"
+    )
+    output = compiler.compile(CompileJob(source=source, arch="sm_90a", include_dirs=INCLUDE_DIRS))
+    assert output.failure == "", output.log
+
+
+def test_state_that_outlives_kernels_agrees_with_its_mirrors(compiler: Compiler) -> None:
+    source = mirror_source("deep_ep_ep/rank_state.cuh", [state.RankState, state.Arrivals])
+    output = compiler.compile(CompileJob(source=source, arch="sm_90a", include_dirs=INCLUDE_DIRS))
+    assert output.failure == "", output.log
+
+
+def test_sizes_and_constants_agree_with_their_mirrors(compiler: Compiler) -> None:
+    """What Python allots, counts or compares on its own, and what the kernels make of it."""
+    equal = {
+        "sizeof(RankState)": state.RANK_STATE_BYTES,
+        "sizeof(Arrivals)": state.ARRIVALS_BYTES,
+        "kPhaseDisagree": state.PHASE_DISAGREE,
+        "kPhaseInvalid": state.PHASE_INVALID,
+        "kPhaseInvalid + 1": len(state.PHASES),
+        "sizeof(OpeningSlots)": opening.OPENING_SLOTS_BYTES,
+        "kInvalidToken": opening._NUM_AGREED - 1,
+        "kByExpert": opening.BY_EXPERT,
+        "kPushed": f"{opening.PUSHED}ull",
+        "kNumThreads": dispatch_kernel._NUM_THREADS,
+        "kNumWarps - kNumSideWarps": dispatch_kernel._NUM_ROW_WARPS,
+        "kStageAlignment": dispatch_kernel._STAGE_ALIGNMENT,
+        # A plan's bytes for 128 columns: beside it begin the stages.
+        "128 * (kNumWarps * (sizeof(*PlanMemory::masks) + sizeof(*PlanMemory::before))"
+        " + sizeof(*PlanMemory::counts) + sizeof(*PlanMemory::before_block)"
+        " + sizeof(*PlanMemory::totals) + sizeof(*PlanMemory::before_us))": dispatch_kernel.row_stages(
+            16, plan_columns=128
+        ).offset,
+    }
+    source = "\n".join(
+        [
+            "#include <deep_ep_ep/combine_kernel.cuh>",
+            "#include <deep_ep_ep/dispatch_kernel.cuh>",
+            "using namespace deep_ep_ep;",
+            *(f"static_assert({name} == {value});" for name, value in equal.items()),
+        ]
     )
     output = compiler.compile(CompileJob(source=source, arch="sm_90a", include_dirs=INCLUDE_DIRS))
     assert output.failure == "", output.log

@@ -300,7 +300,11 @@ CONSTRUCTOR_REJECTIONS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "negative QPs": ({"num_bytes": 2 << 20, "num_allocated_qps": -1}, ("must not be negative", "-1")),
     "no timeout": ({"num_bytes": 2 << 20, "num_cpu_timeout_secs": 0}, ("num_cpu_timeout_secs must be positive", "0")),
     "an unknown backend": ({"num_bytes": 2 << 20, "backend": "magic"}, ("backend must be", "'magic'")),
-    "the device backend": ({"num_bytes": 2 << 20, "backend": "device"}, ('backend="device" is not part of',)),
+    "the device backend": (
+        {"num_bytes": 2 << 20, "backend": "device"},
+        ('backend="device" needs GPUs', "torch finds no CUDA device", "on rank", 'use backend="auto" or "collective"'),
+    ),
+    "an unknown memory": ({"num_bytes": 2 << 20, "recv_memory": "host"}, ("recv_memory must be", "'host'")),
 }
 
 

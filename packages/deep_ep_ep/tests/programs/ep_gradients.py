@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+from ep_cases import SETTING
 from torch import nn
 
 from deep_ep_core.local import run_as_script
@@ -122,7 +125,8 @@ class MoE(nn.Module):
         )
         if self.do_expand:
             ends = sent.handle.psum_num_recv_tokens_per_expert.unsqueeze(0)
-            expert = (torch.arange(sent.recv_x.size(0)).unsqueeze(1) >= ends).sum(1).clamp(max=self.experts.size(0) - 1)
+            row = torch.arange(sent.recv_x.size(0), device=ends.device).unsqueeze(1)
+            expert = (row >= ends).sum(1).clamp(max=self.experts.size(0) - 1)
             outputs = torch.einsum("nh,eho->neo", sent.recv_x, self.experts).tanh()
             y = outputs.gather(1, expert.view(-1, 1, 1).expand(-1, 1, outputs.size(2))).squeeze(1)
             return autograd.combine(buffer, y * sent.recv_topk_weights.unsqueeze(1), sent.handle).x
@@ -136,20 +140,30 @@ class MoE(nn.Module):
 
 def _run_block(block: nn.Module, module: MoE, buffer: ElasticBuffer) -> list[torch.Tensor]:
     rank = dist.get_rank()
-    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(rank)).to(SETTING.device).requires_grad_()
     module.zero_grad()
     out = block(x, buffer)
-    (out * torch.linspace(0, 1, out.numel()).view_as(out)).sum().backward()
+    (out * torch.linspace(0, 1, out.numel(), device=out.device).view_as(out)).sum().backward()
     return [out.detach(), x.grad, module.router.grad.clone(), module.experts.grad.clone()]
 
 
+def open_block_buffer() -> ElasticBuffer:
+    options = {"num_cpu_timeout_secs": 120, **SETTING.options}
+    return ElasticBuffer(None, num_max_tokens_per_rank=8, hidden=32, **options)  # type: ignore[arg-type]
+
+
 def check_compiled_block(
-    backend: str = "aot_eager", do_cpu_sync: bool = False, fullgraph: bool = True, do_expand: bool = False
+    backend: str = "aot_eager",
+    do_cpu_sync: bool = False,
+    fullgraph: bool = True,
+    do_expand: bool = False,
+    open_buffer: Callable[[], ElasticBuffer] = open_block_buffer,
 ) -> None:
     """A compiled block gives the eager result, gradients included."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    buffer = ElasticBuffer(None, num_max_tokens_per_rank=8, hidden=32, num_cpu_timeout_secs=120)
+    buffer = open_buffer()
     module = MoE(2 * num_ranks, 16, rank=rank, num_ranks=num_ranks, do_cpu_sync=do_cpu_sync, do_expand=do_expand)
+    module = module.to(SETTING.device)
     torch._dynamo.reset()
     eager = _run_block(module, module, buffer)
     compiled = _run_block(torch.compile(module, backend=backend, fullgraph=fullgraph), module, buffer)
@@ -160,13 +174,16 @@ def check_compiled_block(
         )
 
 
-def check_compiled_variants(backend: str = "aot_eager") -> None:
+def check_compiled_variants(
+    backend: str = "aot_eager", open_buffer: Callable[[], ElasticBuffer] = open_block_buffer
+) -> None:
     """Both layouts; worst-case sizes compile whole, exact sizes with a graph break or with captured dynamic shapes."""
     for do_expand in (False, True):
-        check_compiled_block(backend, do_cpu_sync=False, fullgraph=True, do_expand=do_expand)
-        check_compiled_block(backend, do_cpu_sync=True, fullgraph=False, do_expand=do_expand)
+        options = {"do_expand": do_expand, "open_buffer": open_buffer}
+        check_compiled_block(backend, do_cpu_sync=False, fullgraph=True, **options)
+        check_compiled_block(backend, do_cpu_sync=True, fullgraph=False, **options)
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-            check_compiled_block(backend, do_cpu_sync=True, fullgraph=True, do_expand=do_expand)
+            check_compiled_block(backend, do_cpu_sync=True, fullgraph=True, **options)
 
 
 def check_sharded_equals_one_process() -> None:

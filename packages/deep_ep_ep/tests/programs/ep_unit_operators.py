@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import ep_gradients
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deep_ep_core.errors import ConfigError
-from deep_ep_ep import ElasticBuffer, autograd
+from deep_ep_core.stream import CommScope
+from deep_ep_ep import ElasticBuffer, EPHandle, autograd
+from deep_ep_ep.backend import Backend, CombineResult, DispatchResult
+from deep_ep_ep.checks import CombineArgs, DispatchArgs
+from deep_ep_ep.device.plan import DevicePlan, version_of
+from deep_ep_ep.handle import Plan
 
 HIDDEN = 4
 NUM_TOPK = 3
@@ -94,7 +100,79 @@ def make_gains(num_experts: int) -> Tensor:
 # Registration
 
 
-def failed_operator_checks(topk_idx_dtype: torch.dtype, has_weights: bool) -> list[str]:
+class DeviceStandIn:
+    """Makes handles like those of the device backend, while the collective backend moves the rows.
+
+    Only the shapes and dtypes of a plan are right; what the collective backend needs is kept beside it. A handle must
+    come back as it was made, with the plan that says that rows lie as they did, unless tensors are copied on the way.
+    """
+
+    name = "stand-in"
+
+    def __init__(self, inner: Backend, *, may_copy: bool) -> None:
+        self._inner = inner
+        self._may_copy = may_copy
+        self._plans: dict[int, Plan] = {}
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def plan_type(self, x: Tensor, topk_weights: Tensor | None, num_experts: int) -> type[DevicePlan]:
+        return DevicePlan
+
+    def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
+        if args.handle is not None:
+            result = self._inner.dispatch(replace(args, handle=self._without_plan(args.handle)), scope)
+            return replace(result, handle=args.handle)
+        result = self._inner.dispatch(args, scope)
+        handle, num_rows = result.handle, len(args.topk_idx) if args.do_expand else 0
+        self._plans[handle.dispatch_idx] = handle.plan
+        plan = DevicePlan(
+            row_of_entry=torch.zeros(args.topk_idx.shape, dtype=torch.int32),
+            expert_row_of_entry=torch.zeros(num_rows, args.num_topk, dtype=torch.int32),
+            num_send_rows=torch.zeros(dist.get_world_size(self._inner._transport.group), dtype=torch.int32),
+            metadata=handle.recv_src_metadata,
+            metadata_version=version_of(handle.recv_src_metadata),
+        )
+        return replace(result, handle=replace(handle, plan=plan))
+
+    def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:
+        return self._inner.combine(replace(args, handle=self._without_plan(args.handle)), scope)
+
+    def _without_plan(self, handle: EPHandle) -> EPHandle:
+        assert isinstance(handle.plan, DevicePlan)
+        assert self._may_copy or handle.plan.has_row_order(handle.recv_src_metadata)
+        return replace(handle, plan=self._plans[handle.dispatch_idx])
+
+
+def with_device_plans(buffer: ElasticBuffer, *, may_copy: bool = False) -> ElasticBuffer:
+    buffer.runtime = DeviceStandIn(buffer.runtime, may_copy=may_copy)
+    return buffer
+
+
+def check_compiled_with_device_plans() -> None:
+    """The plan of the device backend gets through compiled programs, forward and backward."""
+    ep_gradients.check_compiled_variants(open_buffer=lambda: with_device_plans(ep_gradients.open_block_buffer()))
+
+
+def check_plan_knows_of_changed_metadata() -> None:
+    """A plan that went through operators says so when rows of the metadata were permuted in place since."""
+    buffer = with_device_plans(open_buffer())
+    batch = Batch.of_rank(dist.get_rank(), num_tokens=5, num_experts=2 * dist.get_world_size())
+    for do_expand, do_cpu_sync in LAYOUTS:
+        for grad_mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with grad_mode():
+                sent = run_block(buffer, batch, make_gains(4)[:2], do_expand=do_expand, do_cpu_sync=do_cpu_sync)[1]
+            handle = sent.handle.to_handle()
+            assert handle.plan.has_row_order(handle.recv_src_metadata)
+            assert not handle.plan.has_row_order(handle.recv_src_metadata.clone())
+            if grad_mode is not torch.inference_mode:
+                handle.recv_src_metadata.copy_(handle.recv_src_metadata.flip(0))
+                for later in (handle, sent.handle.to_handle()):
+                    assert not later.plan.has_row_order(later.recv_src_metadata)
+
+
+def failed_operator_checks(topk_idx_dtype: torch.dtype, has_weights: bool, has_device_plans: bool) -> list[str]:
     """What `torch.library.opcheck` finds wrong, over both layouts and both kinds of sizes; empty if nothing.
 
     On a group of rank 0 alone, since it calls the operators as often as it likes.
@@ -102,6 +180,9 @@ def failed_operator_checks(topk_idx_dtype: torch.dtype, has_weights: bool) -> li
     if dist.get_rank() != 0:
         return []
     buffer = open_buffer(own_group())
+    if has_device_plans:
+        # The checks copy what they pass.
+        with_device_plans(buffer, may_copy=True)
     batch = Batch.of_rank(0, num_tokens=5, num_experts=4)
     x = batch.x.detach().float().requires_grad_()
     topk_idx = batch.topk_idx.to(topk_idx_dtype)
@@ -110,7 +191,7 @@ def failed_operator_checks(topk_idx_dtype: torch.dtype, has_weights: bool) -> li
     failed = []
     for do_expand, do_cpu_sync in LAYOUTS:
         settings = (buffer.id, 4, MAX_TOKENS, 2, do_expand)
-        recv_x, _, recv_weights, *routing = torch.ops.deep_ep_ep.dispatch(x, topk_idx, weights, *settings, do_cpu_sync)
+        recv_x, _, recv_weights, routing = torch.ops.deep_ep_ep.dispatch(x, topk_idx, weights, *settings, do_cpu_sync)
         tensors = [topk_idx, *routing]
         rows = torch.randn_like(recv_x).requires_grad_()
         back_weights = torch.rand_like(recv_weights).requires_grad_() if has_weights else None

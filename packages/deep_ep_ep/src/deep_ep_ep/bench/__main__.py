@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TextIO
 
 import torch
@@ -20,15 +21,33 @@ import torch.distributed as dist
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.launch import main as launch_main
 from deep_ep_core.topology import host_identity
-from deep_ep_ep.bench.cases import DTYPES, LAYOUTS, OPS, Case, Sweep
-from deep_ep_ep.bench.measure import Session, measure_case, measure_copy_gbs
+from deep_ep_ep.bench.cases import DTYPES, LAYOUTS, MODES, OPS, RECV_MEMORIES, Case, Sweep
+from deep_ep_ep.bench.measure import CaseRunner, Session, measure_copy_gbs
 from deep_ep_ep.bench.report import make_record, read_machine, table_head, table_row
+from deep_ep_ep.bench.suites import SUITES
 from deep_ep_ep.buffer import get_physical_domain_size
 
 __all__ = ["main"]
 
 _MODULE = "deep_ep_ep.bench"
 _DEFAULT_NUM_RANKS = 2
+# Before it, NCCL refuses two ranks on one GPU whatever is set.
+_FIRST_NCCL_WITH_SHARED_GPUS = (2, 30)
+# What a sweep has where nothing is said; a suite has values of its own.
+_SWEEP_DEFAULTS: dict[str, object] = {
+    "ops": list(OPS[:2]),
+    "tokens": [128],
+    "hidden": [7168],
+    "topk": [8],
+    "experts": [256],
+    "layout": ["token"],
+    "dtype": ["bf16"],
+    "num_sms": [0],
+    "mode": ["stream"],
+    "recv_memory": ["auto"],
+    "alignment": 1,
+    "imbalance": 1.0,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,18 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     is_rank = "RANK" in os.environ
-    num_ranks = int(os.environ["WORLD_SIZE"]) if is_rank else options.ranks or _DEFAULT_NUM_RANKS
+    default_num_ranks = SUITES[options.suite].num_ranks if options.suite else _DEFAULT_NUM_RANKS
+    num_ranks = int(os.environ["WORLD_SIZE"]) if is_rank else options.ranks or default_num_ranks
     if options.ranks not in (None, num_ranks):
         parser.error(
             f"--ranks must be the number of ranks that the launcher started, {num_ranks} (got {options.ranks})"
         )
     try:
-        cases = _sweep(options, num_ranks).cases()
+        cases = _cases(options, num_ranks)
     except ConfigError as error:
         parser.error(str(error))
     if not is_rank:
         nodes = [] if options.nodes is None else ["--nodes", str(options.nodes)]
-        return launch_main(["--ranks", str(num_ranks), *nodes, "--no-prefix", "-m", _MODULE, *arguments])
+        device = ["--device", _device_kind(options)]
+        return launch_main(["--ranks", str(num_ranks), *nodes, *device, "--no-prefix", "-m", _MODULE, *arguments])
     command = shlex.join(["python", "-m", _MODULE, *arguments])
     try:
         _run_rank(options, cases, command)
@@ -65,8 +86,9 @@ def _run_rank(options: argparse.Namespace, cases: Sequence[Case], command: str) 
     with _report_files(options.json, is_reporting=rank == 0) as (table_file, json_file):
         copy_gbs = measure_copy_gbs(session)
         machine = read_machine(session.device)
+        runner = CaseRunner(session)
         for number, case in enumerate(cases):
-            measurement = measure_case(case, session)
+            measurement = runner.run(case)
             if rank != 0:
                 continue
             record = make_record(case, measurement, machine, command=command, num_nodes=num_nodes, copy_gbs=copy_gbs)
@@ -76,13 +98,14 @@ def _run_rank(options: argparse.Namespace, cases: Sequence[Case], command: str) 
             print(table_row(record), file=table_file, flush=True)
             if json_file is not None:
                 print(record.to_json(), file=json_file, flush=True)
+        runner.close()
     dist.barrier(session.host_group)
     dist.destroy_process_group()
 
 
 def _open_session(options: argparse.Namespace) -> tuple[Session, int]:
     """Join the ranks' groups; returns the session and the number of physical scale-up domains."""
-    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = _device_kind(options)
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda needs a GPU that torch can use (got none); use --device cpu")
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -93,9 +116,8 @@ def _open_session(options: argparse.Namespace) -> tuple[Session, int]:
     assert host_group is not None
     device, device_name = torch.device("cpu"), f"{host_identity()} cpu"
     if kind == "cuda":
-        # The ranks of a machine follow one another, so by rank each gets a GPU of its own where there are enough;
-        # LOCAL_RANK starts again in each make-believe node.
-        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        # Right in make-believe nodes too: the launcher turns the list of GPUs for each.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         device_name = f"{host_identity()} {torch.cuda.get_device_properties(device).uuid}"
     device_of_rank: list[str] = [""] * dist.get_world_size()
@@ -108,6 +130,7 @@ def _open_session(options: argparse.Namespace) -> tuple[Session, int]:
         backend=options.backend,
         num_rounds=options.rounds,
         num_warmup=options.warmup,
+        has_baseline=not options.no_baseline,
     )
     num_nodes = get_physical_domain_size(session.group)[0]
     if options.nodes not in (None, num_nodes):
@@ -121,14 +144,24 @@ def _open_session(options: argparse.Namespace) -> tuple[Session, int]:
 def _row_group(
     kind: str, group_backend: str, host_group: dist.ProcessGroup, device_of_rank: Sequence[str]
 ) -> dist.ProcessGroup:
-    """The group that exchanges rows; NCCL by itself refuses two ranks on one GPU."""
+    """The group that exchanges rows; NCCL refuses two ranks on one GPU unless it is told otherwise."""
     if kind == "cpu" or group_backend == "gloo":
         return host_group
-    if group_backend == "auto" and max(Counter(device_of_rank).values()) > 1:
+    if group_backend == "auto" and max(Counter(device_of_rank).values()) > 1 and not _shares_gpus():
         return host_group
     group = dist.new_group(backend="cpu:gloo,cuda:nccl")
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def _shares_gpus() -> bool:
+    """Whether NCCL takes several ranks on one GPU; the launcher sets the variable where they share one."""
+    is_new_enough = torch.cuda.nccl.version()[:2] >= _FIRST_NCCL_WITH_SHARED_GPUS
+    return is_new_enough and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+
+def _device_kind(options: argparse.Namespace) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
@@ -143,7 +176,23 @@ def _report_files(json_path: str | None, *, is_reporting: bool) -> Iterator[tupl
             yield sys.stdout, json_file
 
 
-def _sweep(options: argparse.Namespace, num_ranks: int) -> Sweep:
+def _cases(options: argparse.Namespace, num_ranks: int) -> list[Case]:
+    """What the options ask for.
+
+    Raises:
+        ConfigError: They do not fit together.
+    """
+    if options.suite:
+        for name in _SWEEP_DEFAULTS:
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--suite has values of its own; leave out --{name.replace('_', '-')}")
+        cases = SUITES[options.suite].select(options.only or [], num_ranks=num_ranks)
+        return [replace(case, seed=options.seed) for case in cases]
+    if options.only:
+        raise ConfigError("--only names cases of a suite; pass --suite too, or leave it out")
+    for name, value in _SWEEP_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return Sweep(
         ops=options.ops,
         layouts=options.layout,
@@ -157,7 +206,9 @@ def _sweep(options: argparse.Namespace, num_ranks: int) -> Sweep:
         expert_alignment=options.alignment,
         imbalance=options.imbalance,
         seed=options.seed,
-    )
+        recv_memories=options.recv_memory,
+        modes=options.mode,
+    ).cases()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,34 +219,48 @@ def _parser() -> argparse.ArgumentParser:
         epilog="LIST is one value or several with commas between; all combinations are measured.",
     )
     sizes = parser.add_argument_group("what is measured")
-    sizes.add_argument(
-        "--ops", type=_names(OPS), default=list(OPS[:2]), metavar="LIST", help=f"of {', '.join(OPS)} (default: first 2)"
-    )
-    sizes.add_argument("--tokens", type=_numbers(1), default=[128], metavar="LIST", help="tokens a rank (default: 128)")
-    sizes.add_argument("--hidden", type=_numbers(1), default=[7168], metavar="LIST", help="elements (default: 7168)")
-    sizes.add_argument("--topk", type=_numbers(1), default=[8], metavar="LIST", help="experts a token (default: 8)")
-    sizes.add_argument("--experts", type=_numbers(1), default=[256], metavar="LIST", help="in all (default: 256)")
+    sizes.add_argument("--ops", type=_names(OPS), metavar="LIST", help=f"of {', '.join(OPS)} (default: first 2)")
+    sizes.add_argument("--tokens", type=_numbers(1), metavar="LIST", help="tokens a rank (default: 128)")
+    sizes.add_argument("--hidden", type=_numbers(1), metavar="LIST", help="elements (default: 7168)")
+    sizes.add_argument("--topk", type=_numbers(1), metavar="LIST", help="experts a token (default: 8)")
+    sizes.add_argument("--experts", type=_numbers(1), metavar="LIST", help="in all (default: 256)")
     sizes.add_argument(
         "--layout",
         type=_names(LAYOUTS, all_of_them="both"),
-        default=["token"],
         metavar="LIST",
         help="token, expert, or both (default: token)",
     )
+    sizes.add_argument("--dtype", type=_names(DTYPES), metavar="LIST", help="of bf16, fp8 (default: bf16)")
+    sizes.add_argument("--num-sms", type=_numbers(0), metavar="LIST", help="0: the library's choice (default)")
     sizes.add_argument(
-        "--dtype", type=_names(DTYPES), default=["bf16"], metavar="LIST", help="of bf16, fp8 (default: bf16)"
+        "--mode",
+        type=_names(MODES),
+        metavar="LIST",
+        help="stream: calls on the device, with CPU sync (default); graph: operations inside a CUDA graph; host: the "
+        "host's time of a call; these two without CPU sync",
     )
-    sizes.add_argument("--num-sms", type=_numbers(0), default=[0], metavar="LIST", help="0: the library's choice")
     sizes.add_argument(
-        "--alignment", type=_number(1), default=1, metavar="N", help="of each expert's rows (default: 1)"
+        "--recv-memory",
+        type=_names(RECV_MEMORIES),
+        metavar="LIST",
+        help="where the device backend keeps received rows: auto, window, torch (default: auto)",
     )
+    sizes.add_argument("--alignment", type=_number(1), metavar="N", help="of each expert's rows (default: 1)")
     sizes.add_argument(
-        "--imbalance", type=float, default=1.0, metavar="X", help="hottest rank's load over the mean (default: 1, even)"
+        "--imbalance", type=float, metavar="X", help="hottest rank's load over the mean (default: 1, even)"
     )
     sizes.add_argument("--seed", type=_number(0), default=0, metavar="N", help="of the routing (default: 0)")
+    suites = parser.add_argument_group("suites, instead of the above")
+    suites.add_argument("--suite", choices=sorted(SUITES), help="run the named cases of a suite")
+    suites.add_argument(
+        "--only", type=lambda text: text.split(","), metavar="LIST", help="names of cases of it, * for anything"
+    )
     where = parser.add_argument_group("where it runs")
     where.add_argument(
-        "--ranks", type=_number(1), metavar="N", help=f"processes (default: {_DEFAULT_NUM_RANKS}, or the launcher's)"
+        "--ranks",
+        type=_number(1),
+        metavar="N",
+        help=f"processes (default: {_DEFAULT_NUM_RANKS}, the suite's, or the launcher's)",
     )
     where.add_argument("--nodes", type=_number(1), metavar="N", help="make-believe nodes that the ranks are cut into")
     where.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
@@ -204,11 +269,13 @@ def _parser() -> argparse.ArgumentParser:
         "--group-backend",
         choices=("auto", "gloo", "nccl"),
         default="auto",
-        help="of the process group on cuda; auto: nccl if each rank has a GPU of its own, else gloo",
+        help="of the process group on cuda; auto: nccl where it takes these ranks, which it does on a shared GPU only "
+        "with NCCL_MULTI_RANK_GPU_ENABLE=1, else gloo",
     )
     how = parser.add_argument_group("how it is measured and told")
     how.add_argument("--rounds", type=_number(1), default=20, metavar="N", help="timed rounds (default: 20)")
     how.add_argument("--warmup", type=_number(0), default=5, metavar="N", help="rounds before them (default: 5)")
+    how.add_argument("--no-baseline", action="store_true", help="do not run torch's all-to-all")
     how.add_argument(
         "--json",
         metavar="PATH",

@@ -33,13 +33,15 @@ class ExpertRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BaselinePlan:
-    """One rank's routing, worked out before the time is taken.
+    """One rank's routing, worked out before the time is taken; also what results are checked against.
 
     Attributes:
         num_tokens: Tokens of this rank.
         send_token_idx: `[num_sent]` int64: the token of each sent row, ordered by (destination rank, token).
         num_send_rows: Rows for each rank.
         num_recv_rows: Rows from each rank.
+        recv_source: `[num_recv]` int64: source rank * num_tokens + token of each received row.
+        num_summands: `[num_tokens]` int64: rows that a combine adds up for each token.
         expert_rows: The expert-major layout; None where rows are laid out by token.
     """
 
@@ -47,7 +49,14 @@ class BaselinePlan:
     send_token_idx: torch.Tensor
     num_send_rows: list[int]
     num_recv_rows: list[int]
+    recv_source: torch.Tensor
+    num_summands: torch.Tensor
     expert_rows: ExpertRows | None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a dispatch returns, padding included."""
+        return sum(self.num_recv_rows) if self.expert_rows is None else self.expert_rows.num_rows
 
 
 def make_plan(case: Case, topk_idx: torch.Tensor, *, rank: int, device: torch.device) -> BaselinePlan:
@@ -81,6 +90,8 @@ def make_plan(case: Case, topk_idx: torch.Tensor, *, rank: int, device: torch.de
         send_token_idx=is_sent.t().nonzero()[:, 1].to(device),
         num_send_rows=is_sent.sum(0).tolist(),
         num_recv_rows=is_received.sum(1).tolist(),
+        recv_source=is_received.flatten().nonzero()[:, 0].to(device),
+        num_summands=(is_sent.sum(1) if case.layout == "token" else (topk_idx[rank] >= 0).sum(1)).to(device),
         expert_rows=expert_rows,
     )
 

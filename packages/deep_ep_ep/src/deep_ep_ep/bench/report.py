@@ -22,6 +22,7 @@ __all__ = ["Machine", "Record", "commit_of", "make_record", "read_machine", "tab
 
 _MS_PER_S = 1e3
 _BYTES_PER_GB = 1e9
+_BYTES_PER_MIB = 1 << 20
 _CPU_MODEL = re.compile(r"^model name\s*:\s*(.+)$", flags=re.MULTILINE)
 
 
@@ -71,9 +72,15 @@ class Record:
         max_ms: Most of the same.
         bytes_moved: The least that the busiest device reads and writes.
         copy_gbs: GB/s of a copy on the device, read plus write, in the same run.
-        floor_ms: Time of `bytes_moved` at `copy_gbs`.
+        floor_ms: Time of `bytes_moved` at `copy_gbs`; None where only the host's time was taken.
         ratio_to_floor: `median_ms` over `floor_ms`.
-        baseline_ms: Median of the same work with torch's all-to-all, in the same run.
+        baseline_ms: Median of the same work with torch's all-to-all, in the same run; None where it was not taken.
+        case: What a suite calls it; None outside of one.
+        mode: `stream`, `graph` or `host`.
+        recv_memory: Where received rows live, as `ElasticBuffer` takes it; None on the collective backend.
+        expert_alignment: Rows of each expert start at a multiple of this.
+        num_bytes: Size of the buffer.
+        window_bytes: Memory that the buffer takes on each rank; None where the backend takes none, or does not tell.
     """
 
     op: str
@@ -98,9 +105,15 @@ class Record:
     max_ms: float
     bytes_moved: int
     copy_gbs: float
-    floor_ms: float
-    ratio_to_floor: float
-    baseline_ms: float
+    floor_ms: float | None
+    ratio_to_floor: float | None
+    baseline_ms: float | None
+    case: str | None
+    mode: str
+    recv_memory: str | None
+    expert_alignment: int
+    num_bytes: int
+    window_bytes: int | None
 
     def to_json(self) -> str:
         """The record as one line of JSON."""
@@ -111,7 +124,8 @@ def make_record(
     case: Case, measurement: Measurement, machine: Machine, *, command: str, num_nodes: int, copy_gbs: float
 ) -> Record:
     """Put together what is known about a case."""
-    floor_ms = measurement.bytes_moved / _BYTES_PER_GB / copy_gbs * _MS_PER_S
+    # The host moves no rows, so its time has no floor.
+    floor_ms = None if case.mode == "host" else measurement.bytes_moved / _BYTES_PER_GB / copy_gbs * _MS_PER_S
     return Record(
         op=case.op,
         backend=measurement.backend,
@@ -136,8 +150,14 @@ def make_record(
         bytes_moved=measurement.bytes_moved,
         copy_gbs=copy_gbs,
         floor_ms=floor_ms,
-        ratio_to_floor=measurement.library.median_ms / floor_ms,
-        baseline_ms=measurement.baseline.median_ms,
+        ratio_to_floor=None if floor_ms is None else measurement.library.median_ms / floor_ms,
+        baseline_ms=None if measurement.baseline is None else measurement.baseline.median_ms,
+        case=case.name or None,
+        mode=case.mode,
+        recv_memory=None if measurement.backend == "collective" else case.recv_memory,
+        expert_alignment=case.expert_alignment,
+        num_bytes=measurement.num_bytes,
+        window_bytes=measurement.window_bytes,
     )
 
 
@@ -193,24 +213,24 @@ def _cpu_name() -> str | None:
     return match[1] if match else platform.processor() or None
 
 
-# The table: a heading, the width, and which value. Widths and the blanks between them make 115 columns.
+# The table: headings and widths. Widths and the blanks between them make 117 columns.
 _COLUMNS = (
     ("op", 15),
     ("layout", 6),
     ("dtype", 5),
-    ("tokens", 7),
-    ("hidden", 6),
-    ("top-k", 5),
-    ("experts", 7),
-    ("SMs", 4),
-    ("median", 8),
-    ("min", 8),
-    ("max", 8),
-    ("floor", 8),
+    ("mode", 6),
+    ("memory", 6),
+    ("shape", 15),
+    ("SMs", 3),
+    ("median", 7),
+    ("max", 7),
+    ("floor", 7),
     ("x floor", 7),
-    ("baseline", 8),
+    ("GB/s", 7),
+    ("base", 6),
+    ("MiB", 6),
 )
-_NUM_TEXT_COLUMNS = 3
+_NUM_TEXT_COLUMNS = 5
 
 
 def table_head(record: Record, *, group_backend: str) -> str:
@@ -227,7 +247,8 @@ def table_head(record: Record, *, group_backend: str) -> str:
             f"{record.device or 'unknown device'}, ranks: {record.num_ranks}, nodes: {record.num_nodes}, "
             f"backend: {record.backend}, group: {group_backend}",
             f"{copy}, {versions}",
-            "times in ms, of the slowest rank of each round; baseline: the same with torch's all-to-all",
+            "times in ms, of the slowest rank of each round; shape: tokens x hidden/top-k/experts",
+            "GB/s: least bytes over median; base: torch's all-to-all; MiB: the buffer's memory on each rank",
             "",
             _row([name for name, _ in _COLUMNS]),
         ]
@@ -241,17 +262,19 @@ def table_row(record: Record) -> str:
             record.op,
             record.layout,
             record.dtype,
-            str(record.num_tokens),
-            str(record.hidden),
-            str(record.num_topk),
-            str(record.num_experts),
+            record.mode,
+            record.recv_memory or "-",
+            f"{record.num_tokens}x{record.hidden}/{record.num_topk}/{record.num_experts}",
             "-" if record.num_sms is None else str(record.num_sms),
             _shown(record.median_ms),
-            _shown(record.min_ms),
             _shown(record.max_ms),
             _shown(record.floor_ms),
             _shown(record.ratio_to_floor),
+            _shown(
+                None if record.floor_ms is None else record.bytes_moved / record.median_ms * _MS_PER_S / _BYTES_PER_GB
+            ),
             _shown(record.baseline_ms),
+            _shown(None if record.window_bytes is None else record.window_bytes / _BYTES_PER_MIB),
         ]
     )
 
@@ -264,6 +287,8 @@ def _row(texts: list[str]) -> str:
     return " ".join(cells)
 
 
-def _shown(value: float) -> str:
+def _shown(value: float | None) -> str:
     """Three digits, or all before the point where there are more."""
+    if value is None:
+        return "-"
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

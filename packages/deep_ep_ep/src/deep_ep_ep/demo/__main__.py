@@ -96,7 +96,7 @@ def _start_ranks(options: argparse.Namespace) -> int:
     """Run this program again in every rank, after the checks that would otherwise fail in each of them."""
     num_ranks = _DEFAULT_NUM_RANKS if options.ranks is None else options.ranks
     _config(options).check_ranks(num_ranks)
-    _check_device(options.device)
+    _check_gpu(options.device)
     _load_corpus()
     is_plain = options.plain or not sys.stdout.isatty()
     command = ["-m", "deep_ep_ep.demo", "--plain" if is_plain else "--relay", "--ranks", str(num_ranks)]
@@ -104,12 +104,13 @@ def _start_ranks(options: argparse.Namespace) -> int:
         command += [f"--{name}", str(getattr(options, name))]
     output = contextlib.nullcontext() if is_plain else contextlib.redirect_stdout(RelayedOutput(sys.stdout))
     with output:
-        return launch(LaunchConfig(num_ranks=num_ranks), command, has_prefix=False)
+        return launch(LaunchConfig(num_ranks=num_ranks, device=options.device), command, has_prefix=False)
 
 
 def _join_ranks(options: argparse.Namespace) -> int:
     """Be one rank."""
-    device = _check_device(options.device)
+    _check_gpu(options.device)
+    device = _set_device(options.device)
     dist.init_process_group(_backend(options.device))
     if options.ranks not in (None, dist.get_world_size()):
         raise ConfigError(f"--ranks must be left out or be the number of ranks that are there (got {options.ranks})")
@@ -145,20 +146,26 @@ def conclude(runs: Runs, picture_path: Path) -> int:
     return 0
 
 
-def _check_device(name: str) -> torch.device:
+def _check_gpu(device_name: str) -> None:
+    if device_name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda needs a GPU that this torch can use (it finds none); take --device cpu")
+
+
+def _set_device(name: str) -> torch.device:
+    """The device of this rank, made current."""
     if name == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("--device cuda needs a GPU that this torch can use (it finds none); take --device cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    # The tolerances are for float32; the environment may have allowed shorter formats in matrix products.
+    torch.set_float32_matmul_precision("highest")
     return device
 
 
 def _backend(device_name: str) -> str:
     if device_name == "cpu":
         return "gloo"
-    # NCCL refuses two ranks on one GPU.
+    # Torch's NCCL may refuse two ranks on one GPU. The buffer moves rows by other means, or over this group.
     has_own_gpu = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
     return "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"
 
@@ -214,6 +221,7 @@ def _summary(runs: Runs, agreement: Agreement) -> str:
     lines += [f"{name:27} {left:>18} {right:>12}" for name, left, right in rows]
     lines.append(f"\n{'largest relative difference':27} {'found':>18} {'allowed':>12}  where")
     lines += [f"{each.name:27} {each.worst:18.1e} {each.allowed:12.0e}  {each.where}" for each in agreement.comparisons]
+    lines.append(f"\ndispatch and combine: {runs.backend} backend")
     lines.append(
         f"routing: {agreement.num_moved} of {agreement.num_choices:,} choices differ; "
         f"{agreement.num_settled_ties} near ties were settled alike"

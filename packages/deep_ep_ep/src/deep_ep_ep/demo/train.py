@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -98,10 +99,19 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Runs:
-    """Both runs, as rank 0 has them."""
+    """Both runs, as rank 0 has them.
+
+    Attributes:
+        config: How both were trained.
+        num_ranks: Ranks of the sharded run.
+        backend: Backend of its buffer.
+        sharded: The sharded run.
+        unsharded: The other.
+    """
 
     config: TrainConfig
     num_ranks: int
+    backend: str
     sharded: Run
     unsharded: Run
 
@@ -232,6 +242,8 @@ def train(
         hidden=2 * config.model.hidden,
         num_topk=config.model.num_topk,
     )
+    assert buffer.runtime is not None
+    both = partial(Runs, config=config, num_ranks=num_ranks, backend=buffer.runtime.name)
     with buffer:
         placement = ExpertsAcrossRanks(buffer, num_experts=config.model.num_experts)
         model = Transformer(config.model, placement, seed=config.seed)
@@ -255,11 +267,11 @@ def train(
             choices = sharded.step(batch[own])
             if unsharded is not None:
                 unsharded.step(batch, choices)
-                on_step(_report(Runs(config=config, num_ranks=num_ranks, sharded=sharded.run, unsharded=unsharded.run)))
+                on_step(_report(both(sharded=sharded.run, unsharded=unsharded.run)))
         sharded_run = sharded.finish()
     if unsharded is None:
         return None
-    return Runs(config=config, num_ranks=num_ranks, sharded=sharded_run, unsharded=unsharded.finish())
+    return both(sharded=sharded_run, unsharded=unsharded.finish())
 
 
 def _draw_batches(text: Tensor, config: TrainConfig) -> Iterator[Tensor]:

@@ -6,10 +6,12 @@ import hashlib
 
 import torch
 
+from deep_ep_core.cuda_streams import RecordedEvent
 from deep_ep_core.errors import CompileError, ConfigError, DeepEPError, TopologyError, TransportError
 from deep_ep_core.jit import get_kernel
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.stream import CommScope, comm_stream
+from deep_ep_core.stream_order import CudaStreamOrder
 from deep_ep_core.transport import CollectiveTransport
 from deep_ep_ep.backend import CombineResult, DispatchResult
 from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs, rejected
@@ -18,7 +20,7 @@ from deep_ep_ep.device.combine import Combiner
 from deep_ep_ep.device.combine_kernel import combine_spec
 from deep_ep_ep.device.context import MAX_NUM_EXPERTS, DeviceContext, RecvMemory
 from deep_ep_ep.device.dispatch import Dispatcher
-from deep_ep_ep.device.dispatch_kernel import DispatchConfig, dispatch_spec
+from deep_ep_ep.device.dispatch_kernel import all_dispatch_configs, dispatch_spec
 from deep_ep_ep.device.plan import DevicePlan
 from deep_ep_ep.handle import EPHandle, Plan
 
@@ -39,6 +41,7 @@ class DeviceBackend:
     """
 
     name = "device"
+    may_stay = True
 
     def __init__(self, context: DeviceContext, collective: CollectiveBackend, facts: BufferFacts) -> None:
         self._context = context
@@ -46,6 +49,13 @@ class DeviceBackend:
         self._facts = facts
         self._dispatcher = Dispatcher(context, facts)
         self._combiner = Combiner(context, facts)
+        self._order = CudaStreamOrder(context.device)
+        self._last_stream: torch.cuda.Stream | None = None
+
+    @property
+    def window_bytes(self) -> int:
+        """Memory of the window on this rank."""
+        return self._context.memory.num_bytes
 
     def plan_type(self, x: torch.Tensor, topk_weights: torch.Tensor | None, num_experts: int) -> type[Plan]:
         """The plan of this backend, or that of the collective one for a dispatch that the kernels do not take."""
@@ -64,6 +74,7 @@ class DeviceBackend:
             plan_type = type(args.handle.plan)
         if plan_type is not DevicePlan:
             return self._collective.dispatch(args, scope)
+        self._follow(scope)
         result = self._dispatcher.dispatch(args, scope)
         self._record(result.recv_x, scope)
         return result
@@ -79,6 +90,7 @@ class DeviceBackend:
                 args.topk_weights.dtype,
                 'cast them, or make the buffer with backend="collective"',
             )
+        self._follow(scope)
         return self._combiner.combine(args, scope)
 
     def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -116,9 +128,27 @@ class DeviceBackend:
         """Let go of the window; not collective, may be called more than once."""
         self._context.close()
 
+    def _follow(self, scope: CommScope) -> None:
+        """Keep operations in one order: they share the device state, and may come on several streams.
+
+        Across the border of a capture no stream can wait for another; torch waits for the device before it begins one.
+        """
+        stream, last = scope.comm_stream, self._last_stream
+        assert stream is not None, "tensors are on a CUDA device"
+        if last is None or stream == last:
+            self._last_stream = stream
+            return
+        if self._order.capture_of(stream.cuda_stream) == self._order.capture_of(last.cuda_stream):
+            RecordedEvent(last).wait_on(stream)
+        self._last_stream = stream
+
     def _record(self, tensor: torch.Tensor, scope: CommScope) -> None:
         """Torch records no stream for memory of the heap."""
-        if scope.compute_stream is not None and self._context.memory.offset_of(tensor) is not None:
+        if (
+            scope.compute_stream is not None
+            and scope.compute_stream != scope.comm_stream
+            and self._context.memory.offset_of(tensor) is not None
+        ):
             self._context.memory.heap.record_stream(tensor, scope.compute_stream)
 
 
@@ -179,8 +209,7 @@ def open_context(
 
 def _load_kernels(context: DeviceContext) -> None:
     """Compile what the usual calls launch, or take it from the cache: no rank shall wait for one that compiles."""
-    assert context.device.index is not None
-    for has_plan, has_place in ((True, False), (False, True), (True, True)):
-        config = DispatchConfig(has_plan=has_plan, has_place=has_place, is_idx64=True)
-        get_kernel(dispatch_spec(config), context.device.index)
-    get_kernel(combine_spec(dtype=torch.bfloat16, idx_dtype=torch.int64), context.device.index)
+    for config in all_dispatch_configs():
+        if config.is_idx64:
+            get_kernel(dispatch_spec(config), context.device_idx)
+    get_kernel(combine_spec(dtype=torch.bfloat16, idx_dtype=torch.int64), context.device_idx)

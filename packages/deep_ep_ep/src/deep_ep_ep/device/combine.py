@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from deep_ep_core.cuda_streams import current_stream
 from deep_ep_core.stream import CommScope
 from deep_ep_ep.agreed import agreed_by_combine
 from deep_ep_ep.backend import CombineResult
@@ -56,7 +57,8 @@ class Combiner:
         x, weights, metadata = args.x, args.topk_weights, handle.recv_src_metadata
         x_offset = context.memory.offset_of(x)
         if x_offset is not None:
-            context.memory.heap.record_stream(x, torch.cuda.current_stream(context.device))
+            if scope.comm_stream is not None and scope.comm_stream != scope.compute_stream:
+                context.memory.heap.record_stream(x, scope.comm_stream)
             if not plan.has_row_order(metadata):
                 x_offset = None
         if x_offset is None and context.stage_offset is None:
@@ -88,7 +90,7 @@ class Combiner:
             ("combine", dtype, idx_dtype, num_sms),
             lambda: (combine_spec(dtype=dtype, idx_dtype=idx_dtype), combine_launch_shape(num_sms)),
         )
-        launch(params, torch.cuda.current_stream(context.device).cuda_stream)
+        launch(params, current_stream(context.device_idx).cuda_stream)
         return CombineResult(combined_x=out, combined_topk_weights=out_weights)
 
     def _bring_into_window(

@@ -5,17 +5,19 @@ It moves nothing: `dispatch` and `combine` do.
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from deep_ep_core.align import align_up, ceil_div
+from deep_ep_core.align import ceil_div
 from deep_ep_core.barrier import LSA_BARRIER_SLOT_BYTES, LsaBarrier
-from deep_ep_core.errors import TopologyError
+from deep_ep_core.errors import TopologyError, TransportError
 from deep_ep_core.jit import KernelSpec, LaunchShape, PreparedLaunch, get_kernel
-from deep_ep_core.lsa_team import LsaTeam, make_lsa_team
+from deep_ep_core.lsa_team import MAX_LSA_RANKS, LsaTeam, make_lsa_team
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.transport import AgreedField
 from deep_ep_core.wait import TimeoutLog, WaitParams
@@ -42,6 +44,7 @@ _MESSAGE_BYTES = 16
 _STAGE_SLACK_BYTES = 4096
 # With more ranks than this, rows of one rank are far fewer than the worst case: a token has rarely more experts.
 _MAX_KEPT_RANKS = 8
+_POLLS_PER_QUERY = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,7 @@ class DeviceContext:
     Attributes:
         communicator: The ranks.
         device: Device of this rank.
+        device_idx: Its index.
         recv_memory: Where received rows live.
         memory: The window.
         shares_gpu: Whether all ranks run on one GPU.
@@ -123,6 +127,8 @@ class DeviceContext:
             )
         self.communicator = communicator
         self.device = communicator.device
+        assert self.device.index is not None, "a communicator knows which device it is on"
+        self.device_idx: int = self.device.index
         self.rank, self.num_ranks = communicator.rank, num_ranks
         self.recv_memory = recv_memory
         self.shares_gpu = shares_gpu
@@ -156,8 +162,9 @@ class DeviceContext:
             timeout_s=timeout_s,
             phase="barrier",
         )
-        # Read by the host behind an event; of the experts of one rank there are never more than of all.
-        self.host_counts = torch.zeros(1 + MAX_NUM_EXPERTS, dtype=torch.int32, pin_memory=True)
+        # A stamp, then what it stands for. Of the experts of one rank there are never more than of all.
+        self.host_counts = torch.zeros(2 + MAX_NUM_EXPERTS, dtype=torch.int32, pin_memory=True)
+        self._host_stamp = ctypes.c_int32.from_address(self.host_counts.data_ptr())
         self.fields: tuple[AgreedField, ...] = ()
         self._launches: dict[object, PreparedLaunch] = {}
         # What other streams used last is done: kernels of the communication stream may begin.
@@ -168,8 +175,7 @@ class DeviceContext:
         found = self._launches.get(key)
         if found is None:
             spec, shape = make()
-            assert self.device.index is not None
-            found = self._launches[key] = PreparedLaunch(get_kernel(spec, self.device.index), shape)
+            found = self._launches[key] = PreparedLaunch(get_kernel(spec, self.device_idx), shape)
         return found
 
     def check(self) -> None:
@@ -188,21 +194,43 @@ class DeviceContext:
         self.check()
         self.fields = tuple(fields)
 
+    def wait_for_counts(self, stamp: int) -> None:
+        """Wait on the host until the counts with a stamp are in `host_counts`. Other threads may run meanwhile.
+
+        Args:
+            stamp: What the kernel was told to set.
+
+        Raises:
+            RankMismatchError, ConfigError, CommTimeoutError: As `check`: the kernel has given up.
+            TransportError: The stream ended without the counts.
+        """
+        num_polls = 0
+        while self._host_stamp.value != stamp:
+            self.check()
+            num_polls += 1
+            # A CUDA call now and then tells of a kernel that died.
+            if num_polls % _POLLS_PER_QUERY == 0 and torch.cuda.current_stream(self.device).query():
+                self.check()
+                if self._host_stamp.value != stamp:
+                    raise TransportError(
+                        f"the kernel that counts rows must tell the counts (got none, on rank {self.rank}); an earlier "
+                        "CUDA error in this process is the usual cause"
+                    )
+            # Lets other threads have the interpreter.
+            time.sleep(0)
+
     def close(self) -> None:
         """Let go of the window; a second call does nothing. Collective: no."""
         self.memory.close()
 
-    def _opened_values(self, value_idx: int) -> list[int]:
-        """What each rank opened the last operation with, at a place among the agreed values."""
-        slots = self.memory.control(_OPENING, torch.int64).view(2, -1, OPENING_SLOTS_BYTES // (2 * 72 * 16), 2)
+    def _opened_values(self, value_idx: int) -> list[int | None]:
+        """What each rank opened the last operation with, at a place among the agreed values; None: it has not yet."""
+        slots = self.memory.control(_OPENING, torch.int64).view(2, MAX_LSA_RANKS, -1, 2)
         epoch = int(self._state[:8].view(torch.int64).item())
-        words = slots[epoch % 2, : self.num_ranks, value_idx // 2, value_idx % 2]
-        return [int(word) & 0xFFFFFFFF for word in words.tolist()]
+        words = slots[epoch % 2, : self.num_ranks, value_idx // 2, value_idx % 2].tolist()
+        # Above the value stands the epoch that it is of.
+        stamp, mask = epoch & 0xFFFFFFFF, 0xFFFFFFFF
+        return [word & mask if word >> 32 & mask == stamp else None for word in words]
 
     def __repr__(self) -> str:
         return f"DeviceContext(rank {self.rank} of {self.num_ranks}, {self.recv_memory}, {self.memory!r})"
-
-
-def stage_part(offset: int, num_bytes: int) -> tuple[int, int]:
-    """A part of the stage that begins at `offset`: where, and where the next one may begin."""
-    return offset, align_up(offset + num_bytes, 256)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from deep_ep_core.align import align_up
+from deep_ep_core.cuda_streams import current_stream
+from deep_ep_core.jit import KernelSpec, LaunchShape
 from deep_ep_core.stream import CommScope
 from deep_ep_ep.agreed import agreed_by_dispatch
 from deep_ep_ep.backend import DispatchResult
@@ -15,7 +17,6 @@ from deep_ep_ep.device.context import DeviceContext
 from deep_ep_ep.device.dispatch_kernel import (
     DispatchConfig,
     DispatchParams,
-    RowStages,
     dispatch_launch_shape,
     dispatch_spec,
     row_stages,
@@ -32,6 +33,8 @@ __all__ = ["Dispatcher"]
 # Tokens that a block counts at a time, `kTileTokens`: up to so many, blocks need no memory to add up their counts.
 _TILE_TOKENS = 512
 _ALIGNMENT = 256
+# Stamps of counts go from 1 to this, and round.
+_MAX_STAMP = 2**31 - 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +59,14 @@ class _Sizes:
     num_recv: int
     num_expanded: int
     expert_counts: list[int]
+
+
+def _sizes_of(handle: EPHandle) -> _Sizes:
+    return _Sizes(
+        num_recv=handle.num_recv_tokens,
+        num_expanded=handle.num_expanded_tokens,
+        expert_counts=handle.num_recv_tokens_per_expert_list,
+    )
 
 
 class Dispatcher:
@@ -85,30 +96,26 @@ class Dispatcher:
         context, params, handle = self._context, self._params, args.handle
         agreed = agreed_by_dispatch(args)
         self._set_arguments(args)
-        stages = row_stages(params.row_bytes, params.side_bytes)
-        params.num_stages, params.piece_bytes = stages.num_stages, stages.piece_bytes
+        params.host_counts = None
         if handle is not None:
             context.begin(agreed_fields(OperationKind.PLACE, agreed))
             self._set_plan(handle)
-            sizes = _Sizes(
-                num_recv=handle.num_recv_tokens,
-                num_expanded=handle.num_expanded_tokens,
-                expert_counts=handle.num_recv_tokens_per_expert_list,
-            )
-            sums, has_plan = None, False
-        else:
-            sums = self._new_sums(args)
-            self._set_sums(args, sums)
-            if args.do_cpu_sync:
-                context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
-                sizes, has_plan = self._plan_and_read(args, stages), False
-                context.begin(agreed_fields(OperationKind.PLACE, agreed))
-            else:
-                context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
-                sizes, has_plan = self._worst_case(args), True
-        # One kernel does the epilogue too, so all of it comes behind that event.
-        scope.wait_before_epilogue()
-        return self._place(args, sums, sizes, stages, has_plan)
+            return self._place(args, None, _sizes_of(handle), scope, has_plan=False)
+        sums = self._new_sums(args)
+        self._set_sums(args, sums)
+        if not args.do_cpu_sync:
+            context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
+            return self._place(args, sums, self._worst_case(args), scope, has_plan=True)
+        if not args.do_expand:
+            context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
+            return self._place_then_read(args, sums, scope)
+        # The worst case by expert is far larger than what comes, so rows do not move before the host knows how many.
+        context.begin(agreed_fields(OperationKind.PLAN, agreed))
+        params.opening.told[:] = (0, 0)
+        self._launch(args, has_plan=True, asks_host=True)
+        sizes = self._read_counts(args)
+        context.begin(agreed_fields(OperationKind.PLACE, agreed))
+        return self._place(args, sums, sizes, scope, has_plan=False)
 
     def _set_arguments(self, args: DispatchArgs) -> None:
         params, sf = self._params, args.sf
@@ -177,17 +184,12 @@ class Dispatcher:
         params.expert_ends = handle.psum_num_recv_tokens_per_expert.data_ptr()
         params.num_expert_rows = handle.num_unaligned_recv_tokens_per_expert.data_ptr()
 
-    def _plan_and_read(self, args: DispatchArgs, stages: RowStages) -> _Sizes:
-        """Plan, and wait on the host for the counts. The interpreter is free for other threads meanwhile."""
-        context, params = self._context, self._params
+    def _read_counts(self, args: DispatchArgs) -> _Sizes:
+        """Wait on the host until the kernel that was launched last has told the counts; it may still move rows."""
+        context = self._context
         num_local_experts = args.num_experts // context.num_ranks
-        params.host_counts = context.host_counts.data_ptr()
-        params.opening.told[:] = (0, 0)
-        set_agreed(params.opening, context.fields)
-        self._launch(args, stages, has_plan=True, has_place=False)
-        torch.cuda.current_stream(context.device).synchronize()
-        context.check()
-        num_recv, *expert_counts = context.host_counts[: 1 + num_local_experts].tolist()
+        context.wait_for_counts(self._params.host_stamp)
+        num_recv, *expert_counts = context.host_counts[1 : 2 + num_local_experts].tolist()
         return _Sizes(num_recv=num_recv, num_expanded=sum(expert_counts), expert_counts=expert_counts)
 
     def _worst_case(self, args: DispatchArgs) -> _Sizes:
@@ -207,11 +209,86 @@ class Dispatcher:
     # The rows
 
     def _place(
-        self, args: DispatchArgs, sums: _Sums | None, sizes: _Sizes, stages: RowStages, has_plan: bool
+        self,
+        args: DispatchArgs,
+        sums: _Sums | None,
+        sizes: _Sizes,
+        scope: CommScope,
+        *,
+        has_plan: bool,
     ) -> DispatchResult:
-        context, params, device, num_topk = self._context, self._params, self._context.device, args.num_topk
-        num_rows = sizes.num_expanded if args.do_expand else sizes.num_recv
-        recv_x = self._new_rows(args, num_rows, sizes.num_recv)
+        """Move rows into results whose sizes are known."""
+        context = self._context
+        shape = (sizes.num_expanded if args.do_expand else sizes.num_recv, args.x.size(1))
+        heap = context.memory.heap
+        recv_x = None if context.recv_memory == "torch" else heap.try_empty(shape, args.x.dtype)
+        x_offset = None if recv_x is None else self._offset_of(recv_x)
+        num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
+        kept = self._tell(args, x_offset, num_sides=sizes.num_recv, num_slots=num_slots)
+        if recv_x is None:
+            recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
+        result = self._new_results(args, sums, sizes, recv_x)
+        # One kernel does the epilogue too, so all of it comes behind that event.
+        scope.wait_before_epilogue()
+        self._launch(args, has_plan=has_plan, has_place=True, has_receive=True)
+        del kept
+        return result
+
+    def _place_then_read(self, args: DispatchArgs, sums: _Sums, scope: CommScope) -> DispatchResult:
+        """Move rows to where the most that may come have room, and make results when the counts are there."""
+        context, params = self._context, self._params
+        num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
+        heap, num_bytes = context.memory.heap, num_slots * params.row_bytes
+        region = None if context.recv_memory == "torch" else heap.try_reserve(num_bytes)
+        x_offset = None if region is None else context.memory.layout.num_bytes + region.offset
+        kept = self._tell(args, x_offset, num_sides=num_slots, num_slots=num_slots)
+        self._launch(args, has_plan=True, has_place=True, asks_host=True)
+        sizes = self._read_counts(args)
+        shape = (sizes.num_recv, args.x.size(1))
+        if region is None:
+            recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
+        else:
+            recv_x = region.take(shape, args.x.dtype)
+        result = self._new_results(args, sums, sizes, recv_x)
+        scope.wait_before_epilogue()
+        self._launch(args, has_receive=True)
+        del kept
+        return result
+
+    def _tell(self, args: DispatchArgs, x_offset: int | None, *, num_sides: int, num_slots: int) -> list[torch.Tensor]:
+        """Decide where peers put rows and side records; the results' own memory is at `x_offset`, if in the window.
+
+        Args:
+            args: The call.
+            x_offset: Offset of the results' rows in the window; None stages them.
+            num_sides: The most rows that may come to this rank.
+            num_slots: The most rows that may come to any rank.
+
+        Returns:
+            What must live until the kernels that use it are launched.
+        """
+        context, params, kept = self._context, self._params, []
+        params.is_staged = x_offset is None
+        if context.stage_offset is not None:
+            side_offset = context.stage_offset
+            if x_offset is None:
+                x_offset = side_offset + align_up(num_slots * params.side_bytes, _ALIGNMENT)
+        else:
+            sizes = [num_sides * params.side_bytes] + ([num_sides * params.row_bytes] if x_offset is None else [])
+            kept = [context.memory.heap.empty((max(size, 1),), torch.uint8) for size in sizes]
+            side_offset = self._offset_of(kept[0])
+            if x_offset is None:
+                x_offset = self._offset_of(kept[1])
+        by_expert = BY_EXPERT if args.do_expand and not params.is_staged else 0
+        params.opening.told[:] = (x_offset, side_offset | by_expert)
+        return kept
+
+    def _new_results(
+        self, args: DispatchArgs, sums: _Sums | None, sizes: _Sizes, recv_x: torch.Tensor
+    ) -> DispatchResult:
+        """Memory for the other results, which the kernel is told of."""
+        params, device, num_topk = self._params, self._context.device, args.num_topk
+        num_rows = recv_x.size(0)
         recv_topk_idx = recv_weights = recv_sf = metadata = None
         if not args.do_expand:
             recv_topk_idx = torch.empty(num_rows, num_topk, dtype=args.topk_idx.dtype, device=device)
@@ -223,23 +300,18 @@ class Dispatcher:
                 recv_sf = new_tma_aligned_col_major(args.sf, num_rows)
             else:
                 recv_sf = args.sf.new_empty(num_rows, args.sf.size(1))
-        if sums is not None:
+        if args.handle is not None:
+            handle = args.handle
+        else:
+            assert sums is not None, "a new routing has sums"
             metadata = torch.empty(sizes.num_recv, num_topk + 2, dtype=torch.int32, device=device)
+            handle = self._make_handle(args, sums, sizes, metadata)
         params.recv_x = recv_x.data_ptr()
         params.recv_topk_idx = None if recv_topk_idx is None else recv_topk_idx.data_ptr()
         params.recv_topk_weights = None if recv_weights is None else recv_weights.data_ptr()
         params.recv_sf = None if recv_sf is None else recv_sf.data_ptr()
         params.recv_sf_row_stride, params.recv_sf_pack_stride = (0, 0) if recv_sf is None else recv_sf.stride()
         params.metadata = None if metadata is None else metadata.data_ptr()
-        params.host_counts = None
-        set_agreed(params.opening, context.fields)
-        self._launch(args, stages, has_plan=has_plan, has_place=True)
-        if args.handle is not None:
-            handle = args.handle
-        else:
-            assert sums is not None
-            assert metadata is not None
-            handle = self._make_handle(args, sums, sizes, metadata)
         return DispatchResult(
             recv_x=recv_x,
             recv_sf=recv_sf,
@@ -248,52 +320,41 @@ class Dispatcher:
             handle=handle,
         )
 
-    def _new_rows(self, args: DispatchArgs, num_rows: int, num_recv: int) -> torch.Tensor:
-        """The tensor for the rows, and where peers send them: to itself, if it is in the window, else to the stage."""
-        context, params, heap = self._context, self._params, self._context.memory.heap
-        shape = (num_rows, args.x.size(1))
-        num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
-        is_whole = context.recv_memory == "window"
-        # Only rows that can come need room in a heap, and all that may come in the stage, which lies alike everywhere.
-        side_total = align_up((num_recv if is_whole else num_slots) * params.side_bytes, _ALIGNMENT)
-        recv_x = None
-        if context.recv_memory != "torch":
-            recv_x = heap.try_empty(shape, args.x.dtype)
-        params.is_staged = recv_x is None
-        if context.stage_offset is not None:
-            side_offset = context.stage_offset
-            x_offset = side_offset + side_total
-        else:
-            side = heap.empty((max(side_total, _ALIGNMENT),), torch.uint8)
-            side_offset = self._offset_of(side)
-            x_offset = 0
-            if recv_x is None:
-                x_offset = self._offset_of(heap.empty((num_recv * params.row_bytes,), torch.uint8))
-        if recv_x is None:
-            recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
-        else:
-            x_offset = self._offset_of(recv_x)
-        by_expert = BY_EXPERT if args.do_expand and not params.is_staged else 0
-        params.opening.told[:] = (x_offset, side_offset | by_expert)
-        return recv_x
-
     def _offset_of(self, tensor: torch.Tensor) -> int:
         offset = self._context.memory.offset_of(tensor)
         assert offset is not None, "the tensor is of the heap"
         return offset
 
-    def _launch(self, args: DispatchArgs, stages: RowStages, *, has_plan: bool, has_place: bool) -> None:
-        context = self._context
-        config = DispatchConfig(has_plan=has_plan, has_place=has_place, is_idx64=args.topk_idx.dtype == torch.int64)
-        num_columns = context.num_ranks + args.num_experts
-        launch = context.launch(
-            (config, args.num_sms, num_columns, stages),
-            lambda: (
-                dispatch_spec(config),
-                dispatch_launch_shape(config, num_sms=args.num_sms, num_columns=num_columns, stages=stages),
-            ),
+    def _launch(
+        self,
+        args: DispatchArgs,
+        *,
+        has_plan: bool = False,
+        has_place: bool = False,
+        has_receive: bool = False,
+        asks_host: bool = False,
+    ) -> None:
+        context, params = self._context, self._params
+        is_idx64 = args.topk_idx.dtype == torch.int64
+        num_sms = args.num_sms
+        stages = row_stages(params.row_bytes, plan_columns=context.num_ranks + args.num_experts if has_plan else 0)
+        params.num_stages, params.piece_bytes, params.stages_offset = (
+            stages.num_stages,
+            stages.piece_bytes,
+            stages.offset,
         )
-        launch(self._params, torch.cuda.current_stream(context.device).cuda_stream)
+
+        def make() -> tuple[KernelSpec, LaunchShape]:
+            config = DispatchConfig(has_plan=has_plan, has_place=has_place, has_receive=has_receive, is_idx64=is_idx64)
+            return dispatch_spec(config), dispatch_launch_shape(num_sms=num_sms, stages=stages)
+
+        launch = context.launch((has_plan, has_place, has_receive, is_idx64, num_sms, stages), make)
+        set_agreed(params.opening, context.fields)
+        params.host_counts = None
+        if asks_host:
+            params.host_stamp = params.host_stamp % _MAX_STAMP + 1
+            params.host_counts = context.host_counts.data_ptr()
+        launch(params, current_stream(context.device_idx).cuda_stream)
 
     def _make_handle(self, args: DispatchArgs, sums: _Sums, sizes: _Sizes, metadata: torch.Tensor) -> EPHandle:
         self._num_dispatches += 1

@@ -17,6 +17,7 @@ __all__ = [
     "DispatchConfig",
     "DispatchParams",
     "RowStages",
+    "all_dispatch_configs",
     "dispatch_launch_shape",
     "dispatch_spec",
     "row_stages",
@@ -25,9 +26,12 @@ __all__ = [
 
 _NUM_THREADS = 512
 _NUM_WARPS = _NUM_THREADS // 32
+# `kNumSideWarps`: these move no rows.
+_NUM_ROW_WARPS = _NUM_WARPS - 2
 _STAGE_ALIGNMENT = 128
-# What a block may have on sm_90 and sm_100 is 227 KiB; the kernel's own static part is below 3 KiB.
-_MAX_STAGE_BYTES = 220 * 1024
+# What a block may have on sm_90 and sm_100 is 227 KiB; the kernel's own static part is below 6 KiB.
+_MAX_SMEM_BYTES = 220 * 1024
+_MAX_PLAN_BESIDE_BYTES = 64 * 1024
 # Longer rows travel in pieces, so that each SM has several on the move.
 _MAX_PIECE_BYTES = 16 * 1024
 _SIDE_ALIGNMENT = 16
@@ -40,6 +44,7 @@ class DispatchConfig(ConfigStruct):
     cuda_name: ClassVar[str] = "deep_ep_ep::DispatchConfig"
     has_plan: bool
     has_place: bool
+    has_receive: bool
     is_idx64: bool
 
 
@@ -80,6 +85,7 @@ class DispatchParams(ParamsStruct):
         ("recv_topk_weights", Pointer),
         ("recv_sf_row_stride", Int64),
         ("recv_sf_pack_stride", Int64),
+        ("host_stamp", Int32),
         ("counts_capacity", Int32),
         ("num_tokens", Int32),
         ("num_topk", Int32),
@@ -91,6 +97,7 @@ class DispatchParams(ParamsStruct):
         ("side_bytes", Int32),
         ("num_stages", Int32),
         ("piece_bytes", Int32),
+        ("stages_offset", Int32),
         ("do_expand", Bool),
         ("is_staged", Bool),
         ("do_zero_padding", Bool),
@@ -100,9 +107,9 @@ class DispatchParams(ParamsStruct):
 
 def dispatch_spec(config: DispatchConfig) -> KernelSpec:
     """The kernel of a configuration."""
-    parts = ("plan_place" if config.has_place else "plan") if config.has_plan else "place"
+    parts = {"plan": config.has_plan, "place": config.has_place, "receive": config.has_receive}
     return KernelSpec(
-        label=f"dispatch_{parts}",
+        label="_".join(["dispatch", *(name for name, is_part in parts.items() if is_part)]),
         header="deep_ep_ep/dispatch_kernel.cuh",
         function="deep_ep_ep::run_dispatch",
         params_type=DispatchParams,
@@ -125,39 +132,61 @@ class RowStages:
     Attributes:
         num_stages: Warps that move rows, each with a stage.
         piece_bytes: Bytes of a row that a stage holds.
-        num_bytes: Shared memory of all stages.
+        offset: Where the stages begin; 0 is where the plan was, if there is one, and then no row is loaded ahead of it.
+        smem_bytes: Shared memory of a block, the plan's included.
     """
 
     num_stages: int
     piece_bytes: int
-    num_bytes: int
+    offset: int
+    smem_bytes: int
 
 
 @functools.lru_cache(maxsize=256)
-def row_stages(row_bytes: int, record_bytes: int) -> RowStages:
+def row_stages(row_bytes: int, *, plan_columns: int) -> RowStages:
     """The stages for rows of a size.
 
     Args:
         row_bytes: Bytes of a row, a multiple of 16.
-        record_bytes: Bytes of a side record.
-    """
-    num_pieces = ceil_div(row_bytes, _MAX_PIECE_BYTES)
-    piece_bytes = align_up(ceil_div(row_bytes, num_pieces), 16)
-    stage_bytes = align_up(piece_bytes, _STAGE_ALIGNMENT) + align_up(record_bytes, _STAGE_ALIGNMENT)
-    num_stages = min(_NUM_WARPS, _MAX_STAGE_BYTES // stage_bytes)
-    return RowStages(num_stages=num_stages, piece_bytes=piece_bytes, num_bytes=num_stages * stage_bytes)
-
-
-def dispatch_launch_shape(config: DispatchConfig, *, num_sms: int, num_columns: int, stages: RowStages) -> LaunchShape:
-    """One block an SM, with the shared memory of the plan or of the stages, whichever is more.
-
-    Args:
-        config: The configuration.
-        num_sms: Number of blocks.
-        num_columns: Ranks and experts.
-        stages: Stages of the rows.
+        plan_columns: Ranks and experts, in a kernel that plans; 0 in one that does not.
     """
     # See `plan_memory`: masks, four words a column, and prefix sums of two bytes.
-    plan_bytes = num_columns * (_NUM_WARPS * (4 + 2) + 4 * 4) if config.has_plan else 0
-    place_bytes = stages.num_bytes if config.has_place else 0
-    return LaunchShape(grid=(num_sms, 1, 1), block=(_NUM_THREADS, 1, 1), smem_bytes=max(plan_bytes, place_bytes))
+    plan_bytes = align_up(plan_columns * (_NUM_WARPS * (4 + 2) + 4 * 4), _STAGE_ALIGNMENT)
+    num_pieces = ceil_div(row_bytes, _MAX_PIECE_BYTES)
+    piece_bytes = align_up(ceil_div(row_bytes, num_pieces), 16)
+    stage_bytes = align_up(piece_bytes, _STAGE_ALIGNMENT)
+    # Beside a large plan there is room for few stages: then they take its place, once it is made.
+    offset = plan_bytes if plan_bytes <= _MAX_PLAN_BESIDE_BYTES else 0
+    num_stages = min(_NUM_ROW_WARPS, (_MAX_SMEM_BYTES - offset) // stage_bytes)
+    return RowStages(
+        num_stages=num_stages,
+        piece_bytes=piece_bytes,
+        offset=offset,
+        smem_bytes=max(plan_bytes, offset + num_stages * stage_bytes),
+    )
+
+
+def all_dispatch_configs() -> list[DispatchConfig]:
+    """Every variant that is launched."""
+    parts = (
+        (True, False, False),
+        (True, True, False),
+        (True, True, True),
+        (False, True, True),
+        (False, False, True),
+    )
+    return [
+        DispatchConfig(has_plan=has_plan, has_place=has_place, has_receive=has_receive, is_idx64=is_idx64)
+        for has_plan, has_place, has_receive in parts
+        for is_idx64 in (True, False)
+    ]
+
+
+def dispatch_launch_shape(*, num_sms: int, stages: RowStages) -> LaunchShape:
+    """One block an SM.
+
+    Args:
+        num_sms: Number of blocks.
+        stages: Stages of the rows.
+    """
+    return LaunchShape(grid=(num_sms, 1, 1), block=(_NUM_THREADS, 1, 1), smem_bytes=stages.smem_bytes)

@@ -35,6 +35,8 @@ class OperationKind(enum.IntEnum):
     DISPATCH = 1
     PLACE = 2
     COMBINE = 3
+    # Not the same as DISPATCH: a rank that only plans has no memory for rows yet, and peers must not send any.
+    PLAN = 4
 
 
 class Opening(ParamsStruct):
@@ -60,8 +62,8 @@ def set_agreed(opening: Opening, fields: Sequence[AgreedField]) -> None:
 
 
 def _show_kind(value: int) -> str:
-    # Both belong to a dispatch.
-    names = {1: "dispatch", 2: "dispatch", 3: "combine"}
+    # Where the rest differs too, as with a handle on some ranks only, that is named instead.
+    names = {1: "dispatch", 2: "dispatch of known counts", 3: "combine", 4: "dispatch with CPU sync"}
     return names.get(value, f"operation {value}")
 
 

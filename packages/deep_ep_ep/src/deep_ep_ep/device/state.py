@@ -37,6 +37,7 @@ class RankState(ParamsStruct):
     _fields_ = (
         ("epoch", UInt64),
         ("num_arrived", UInt64 * MAX_LSA_RANKS),
+        ("num_sides", UInt64 * MAX_LSA_RANKS),
         ("num_pushed", UInt64 * MAX_LSA_RANKS),
         ("num_pulled", UInt64 * MAX_LSA_RANKS),
         ("grid_count", UInt32),
@@ -53,6 +54,7 @@ class Arrivals(ParamsStruct):
     cuda_name = "deep_ep_ep::Arrivals"
     _fields_ = (
         ("num_arrived", UInt64 * MAX_LSA_RANKS),
+        ("num_sides", UInt64 * MAX_LSA_RANKS),
         ("num_pushed", UInt64 * MAX_LSA_RANKS),
         ("num_pulled", UInt64 * MAX_LSA_RANKS),
     )

@@ -7,12 +7,16 @@ namespace deep_ep_ep {
 
 inline constexpr int kNumThreads = 512;
 inline constexpr int kNumWarps = kNumThreads / 32;
+// The last warps of a block move no rows: they see to what lies beside them.
+inline constexpr int kNumSideWarps = 2;
+inline constexpr int kNumRowWarps = kNumWarps - kNumSideWarps;
 // Tokens that a block counts at a time: one a thread.
 inline constexpr int kTileTokens = kNumThreads;
 
 struct DispatchConfig {
     bool has_plan;     // counts rows and exchanges the counts; otherwise the plan of an earlier kernel is used
-    bool has_place;    // moves rows
+    bool has_place;    // sends rows, and waits for those that come
+    bool has_receive;  // writes the results from what has come
     bool is_idx64;     // topk_idx is int64, not int32
 };
 
@@ -55,7 +59,7 @@ struct DispatchParams {
     int* expert_ends;                              // [num_local_experts]
     int* num_expert_rows;                          // [num_local_experts]
     int* recv_stats;                               // [num_local_experts], added to
-    int* host_counts;                              // [1 + num_local_experts] in pinned memory: rows, aligned counts
+    int* host_counts;                              // pinned: a stamp, the rows, and [num_local_experts] aligned counts
     int* metadata;                                 // [num_recv, num_topk + 2]
 
     // The results; all but the first may be null.
@@ -65,10 +69,12 @@ struct DispatchParams {
     float* recv_topk_weights;                      // [num_recv, num_topk] by token, [num_rows] by expert
     long long recv_sf_row_stride, recv_sf_pack_stride;
 
+    int host_stamp;                                // what the stamp is when the counts are there
     int counts_capacity;                           // pairs of columns that the counts of a rank have room for
     int num_tokens, num_topk, num_experts, num_max_tokens, expert_alignment;
     int row_bytes, num_sf_packs, side_bytes;
     int num_stages, piece_bytes;                   // rows on their way through shared memory, and bytes of each
+    int stages_offset;                             // where the stages begin in shared memory; 0: where the plan was
     bool do_expand;                                // results by expert
     bool is_staged;                                // x arrives by token in the region, and is copied to recv_x
     bool do_zero_padding;
@@ -79,6 +85,25 @@ struct DispatchParams {
 inline constexpr unsigned long long kByExpert = 1;
 
 __device__ __forceinline__ int num_columns(const DispatchParams& p) { return p.team.num_ranks + p.num_experts; }
+
+// Threads that share some work, and which of them this one is.
+struct Workers {
+    int idx;
+    int num;
+};
+
+// All threads of this rank's blocks.
+__device__ __forceinline__ Workers all_threads() {
+    return Workers{static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), static_cast<int>(gridDim.x * blockDim.x)};
+}
+
+// The threads of all side warps.
+__device__ __forceinline__ Workers side_threads() {
+    constexpr int kNumPerBlock = kNumSideWarps * 32;
+    const int idx_in_block = static_cast<int>(threadIdx.x) - kNumRowWarps * 32;
+    return Workers{static_cast<int>(blockIdx.x) * kNumPerBlock + idx_in_block,
+                   static_cast<int>(gridDim.x) * kNumPerBlock};
+}
 
 // The tokens of this block, a range of consecutive ones.
 __device__ __forceinline__ int first_token(const DispatchParams& p, unsigned block_idx) {

@@ -97,7 +97,7 @@ __device__ __forceinline__ void send_opening(const comm::LsaTeam& team, unsigned
             is_right = false;
         }
     }
-    ptx::fence_acq_rel<ptx::Scope::kSys>();
+    if (static_cast<int>(threadIdx.x) < num_words) ptx::fence_acq_rel<ptx::Scope::kSys>();
     return __syncthreads_and(is_right) != 0;
 }
 

@@ -48,7 +48,8 @@ template <class Index>
     for (int first = count_begin; first < count_end; first += kTileTokens) {
         fill_masks<Index>(p, memory.masks, first, count_end, invalid_token);
         for (int column = thread_idx; column < columns; column += kNumThreads)
-            memory.counts[column] += count_column(memory.masks, columns, column);
+            memory.counts[column] +=
+                count_column(memory.masks, num_mask_warps(count_end - first), columns, column);
         __syncthreads();
     }
     if (is_one_tile) return true;
@@ -69,6 +70,17 @@ template <class Index>
     return true;
 }
 
+// Sum of the values of the lanes up to this one. Called by all lanes of a warp.
+__device__ __forceinline__ int sum_up_to_lane(int value) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, value, step);
+        if (lane >= step) value += other;
+    }
+    return value;
+}
+
 // Replaces memory.counts by the rows where this block's tokens start: of each rank, in its rows by token; of each
 // expert, in the rows by expert of its rank. One warp a rank. Called by all threads; a barrier of the block must
 // follow.
@@ -82,12 +94,7 @@ __device__ __forceinline__ void find_first_rows(const DispatchParams& p, const P
             const bool is_expert = local + lane < num_local_experts;
             const int column = num_ranks + rank * num_local_experts + local + lane;
             const int aligned = is_expert ? align_up(static_cast<int>(memory.totals[column]), p.expert_alignment) : 0;
-            int end = aligned;
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(0xffffffffu, end, step);
-                if (lane >= step) end += other;
-            }
+            const int end = sum_up_to_lane(aligned);
             if (is_expert)
                 memory.counts[column] = static_cast<unsigned>(next + end - aligned) + memory.before_us[column] +
                                         memory.before_block[column];
@@ -96,33 +103,35 @@ __device__ __forceinline__ void find_first_rows(const DispatchParams& p, const P
     }
 }
 
-// Writes the part of the handle that has one value for this rank. Called by all threads of one block, before
-// `find_first_rows`, and before the counts are overwritten.
-__device__ __forceinline__ void write_sums(const DispatchParams& p, const PlanMemory& memory, const int* recv_counts) {
+// Writes the part of the handle that has one value for this rank, and tells the host the counts. Called by all threads
+// of one block, before the counts are overwritten. `row_ends` is in shared memory.
+__device__ __forceinline__ void write_sums(const DispatchParams& p, const PlanMemory& memory, const int* row_ends) {
     const int num_ranks = p.team.num_ranks, num_local_experts = p.num_experts / num_ranks;
     const int thread_idx = static_cast<int>(threadIdx.x);
     const unsigned* of_experts = memory.totals + num_ranks + p.team.rank * num_local_experts;
-    for (int rank = thread_idx; rank < num_ranks; rank += kNumThreads)
+    for (int rank = thread_idx; rank < num_ranks; rank += kNumThreads) {
         p.num_send_rows[rank] = static_cast<int>(memory.counts[rank]);
-    for (int local = thread_idx; local < num_local_experts; local += kNumThreads) {
-        const int count = static_cast<int>(of_experts[local]);
-        p.num_expert_rows[local] = count;
-        if (p.recv_stats != nullptr) p.recv_stats[local] += count;
-        if (p.host_counts != nullptr) p.host_counts[1 + local] = align_up(count, p.expert_alignment);
+        p.recv_row_ends[rank] = row_ends[rank];
     }
-    if (thread_idx == 0) {
-        int end = 0;
-        for (int rank = 0; rank < num_ranks; ++rank) p.recv_row_ends[rank] = end += recv_counts[rank];
-        if (p.host_counts != nullptr) p.host_counts[0] = end;
-    }
-    if (thread_idx == 32) {
-        int end = 0;
-        for (int local = 0; local < num_local_experts; ++local) {
-            const int count = static_cast<int>(of_experts[local]);
-            const int aligned_end = end + align_up(count, p.expert_alignment);
-            p.expert_ends[local] = p.do_expand ? end + count : aligned_end;
-            end = aligned_end;
+    if (thread_idx < 32) {
+        int next = 0;
+        for (int first = 0; first < num_local_experts; first += 32) {
+            const int local = first + thread_idx;
+            const int count = local < num_local_experts ? static_cast<int>(of_experts[local]) : 0;
+            const int aligned = align_up(count, p.expert_alignment);
+            const int end = next + sum_up_to_lane(aligned);
+            next = __shfl_sync(0xffffffffu, end, 31);
+            if (local >= num_local_experts) continue;
+            p.expert_ends[local] = p.do_expand ? end - aligned + count : end;
+            p.num_expert_rows[local] = count;
+            if (p.recv_stats != nullptr) p.recv_stats[local] += count;
+            if (p.host_counts != nullptr) p.host_counts[2 + local] = aligned;
         }
+        if (p.host_counts == nullptr) return;
+        if (thread_idx == 0) p.host_counts[1] = row_ends[num_ranks - 1];
+        // The host looks for the stamp without any CUDA call, while the kernel goes on.
+        __syncwarp();
+        if (thread_idx == 0) ptx::st_release<ptx::Scope::kSys>(&p.host_counts[0], p.host_stamp);
     }
 }
 
@@ -137,45 +146,52 @@ __device__ __forceinline__ void write_rows(const DispatchParams& p, const PlanMe
     const bool has_masks = is_one_tile || end - begin <= kTileTokens;
     for (int first = is_one_tile ? 0 : begin; first < end; first += kTileTokens) {
         if (!has_masks) fill_masks<Index>(p, memory.masks, first, end, invalid_token);
-        sum_masks(memory.masks, memory.before, columns);
+        sum_masks(memory.masks, memory.before, num_mask_warps(is_one_tile ? p.num_tokens : end - first), columns);
         __syncthreads();
         const int token = first + static_cast<int>(threadIdx.x);
         if (begin <= token && token < end) {
             unsigned long long seen_low = 0, seen_high = 0;
-            for (int k = num_topk - 1; k >= 0; --k) {
-                const long long entry = static_cast<long long>(token) * num_topk + k;
-                const int expert = expert_of_entry<Index>(p, token, k);
-                if (p.topk_idx_copy != nullptr)
-                    static_cast<Index*>(p.topk_idx_copy)[entry] = static_cast<const Index*>(p.topk_idx)[entry];
-                int row = -1, expert_row = -1, slot = -1;
-                if (expert >= 0) {
-                    const int rank = expert / num_local_experts;
-                    const unsigned long long bit = 1ull << rank % 64;
-                    const bool is_low = rank < 64;
-                    if (((is_low ? seen_low : seen_high) & bit) == 0) {
-                        const int place = place_in_column(memory.masks, memory.before, columns, rank);
-                        row = static_cast<int>(memory.counts[rank]) + place;
-                        slot = static_cast<int>(memory.before_block[rank]) + place;
+            // From the last entry to the first: the last of a rank is the one that stands for the token.
+            for (int k = (num_topk - 1) / kEntryBatch * kEntryBatch; k >= 0; k -= kEntryBatch) {
+                int experts[kEntryBatch];
+                load_experts<Index>(p, token, k, experts);
+#pragma unroll
+                for (int i = kEntryBatch - 1; i >= 0; --i) {
+                    if (k + i >= num_topk) continue;
+                    const long long entry = static_cast<long long>(token) * num_topk + k + i;
+                    const int expert = experts[i];
+                    int row = -1, expert_row = -1, slot = -1;
+                    if (expert >= 0) {
+                        const int rank = expert / num_local_experts;
+                        const unsigned long long bit = 1ull << rank % 64;
+                        const bool is_low = rank < 64;
+                        if (((is_low ? seen_low : seen_high) & bit) == 0) {
+                            const int place = place_in_column(memory.masks, memory.before, columns, rank);
+                            row = static_cast<int>(memory.counts[rank]) + place;
+                            slot = static_cast<int>(memory.before_block[rank]) + place;
+                        }
+                        seen_low |= is_low ? bit : 0;
+                        seen_high |= is_low ? 0 : bit;
+                        if (p.do_expand) {
+                            const int column = num_ranks + expert;
+                            expert_row = static_cast<int>(memory.counts[column]) +
+                                         place_in_column(memory.masks, memory.before, columns, column);
+                        }
                     }
-                    seen_low |= is_low ? bit : 0;
-                    seen_high |= is_low ? 0 : bit;
-                    if (p.do_expand) {
-                        const int column = num_ranks + expert;
-                        expert_row = static_cast<int>(memory.counts[column]) +
-                                     place_in_column(memory.masks, memory.before, columns, column);
-                    }
+                    p.row_of_entry[entry] = row;
+                    if (p.do_expand) p.expert_row_of_entry[entry] = expert_row;
+                    if (p.dst_slot != nullptr)
+                        p.dst_slot[entry] = row < 0 ? -1 : p.team.rank * p.num_max_tokens + slot;
+                    if (p.topk_idx_copy != nullptr)
+                        static_cast<Index*>(p.topk_idx_copy)[entry] = static_cast<const Index*>(p.topk_idx)[entry];
                 }
-                p.row_of_entry[entry] = row;
-                if (p.do_expand) p.expert_row_of_entry[entry] = expert_row;
-                if (p.dst_slot != nullptr)
-                    p.dst_slot[entry] = row < 0 ? -1 : p.team.rank * p.num_max_tokens + slot;
             }
         }
         if (has_masks) break;
         // The next tile starts behind this one.
         __syncthreads();
         for (int column = static_cast<int>(threadIdx.x); column < columns; column += kNumThreads) {
-            const unsigned count = count_column(memory.masks, columns, column);
+            const unsigned count = count_column(memory.masks, num_mask_warps(end - first), columns, column);
             memory.counts[column] += count;
             memory.before_block[column] += count;
         }

@@ -29,6 +29,7 @@ inline constexpr unsigned kPhaseInvalid = 8;    // no wait: topk_idx of a rank h
 struct RankState {
     unsigned long long epoch;                               // operations opened so far
     unsigned long long num_arrived[comm::kMaxLsaRanks];     // rows that each peer has dispatched to this rank so far
+    unsigned long long num_sides[comm::kMaxLsaRanks];       // side records of these rows, likewise
     unsigned long long num_pushed[comm::kMaxLsaRanks];      // rows that each peer has pushed back to it so far
     unsigned long long num_pulled[comm::kMaxLsaRanks];      // rows that each peer has pulled from it so far
     unsigned grid_count;                                    // blocks that stand at the barrier below
@@ -40,6 +41,7 @@ struct RankState {
 // Words that peers add to, in each rank's window; they only grow. Mirrored in `deep_ep_ep.device.state`.
 struct Arrivals {
     unsigned long long num_arrived[comm::kMaxLsaRanks];  // by source: rows stored in this rank's dispatch output
+    unsigned long long num_sides[comm::kMaxLsaRanks];    // by source: side records of these rows, stored beside them
     unsigned long long num_pushed[comm::kMaxLsaRanks];   // by expert rank: rows stored in this rank's combine slab
     unsigned long long num_pulled[comm::kMaxLsaRanks];   // by source: rows read from this rank's combine input
 };

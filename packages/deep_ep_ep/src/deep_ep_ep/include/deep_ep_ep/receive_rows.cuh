@@ -7,7 +7,10 @@
 
 namespace deep_ep_ep {
 
-// Waits until all rows of this operation have come. Called by all threads of each block; the same answer in all threads
+// Entries of a row whose facts a thread loads together.
+inline constexpr int kFactsBatch = 8;
+
+// Waits until all rows of this operation have come. Their side records have come before, see `side_records.cuh`. Called by all threads of each block; the same answer in all threads
 // of the block.
 [[nodiscard]] __device__ __forceinline__ bool wait_for_rows(const DispatchParams& p, const int* row_ends) {
     const Arrivals* arrivals = comm::window_pointer<Arrivals>(p.team, p.team.rank, p.arrivals_offset);
@@ -38,34 +41,43 @@ __device__ __forceinline__ const unsigned* side_of_row(const DispatchParams& p, 
     return reinterpret_cast<const unsigned*>(sides + static_cast<long long>(row) * p.side_bytes);
 }
 
-// Writes ids, weights and metadata, one thread a row. Called by all threads of each block.
+// Writes ids, weights and metadata, one thread a row.
 template <class Index>
-__device__ __forceinline__ void write_row_facts(const DispatchParams& p, const int* row_ends, int num_rows) {
+__device__ __forceinline__ void write_row_facts(const DispatchParams& p, const int* row_ends, int num_rows,
+                                                const Workers& workers) {
     const int num_local_experts = p.num_experts / p.team.num_ranks, num_topk = p.num_topk;
     const int first_expert = (p.wait.rank - p.team.first_rank) * num_local_experts;
     const SideLayout layout = side_layout(p);
-    const int first = static_cast<int>(blockIdx.x) * kNumThreads + static_cast<int>(threadIdx.x);
-    const int step = static_cast<int>(gridDim.x) * kNumThreads;
-    for (int row = first; row < num_rows; row += step) {
+    for (int row = workers.idx; row < num_rows; row += workers.num) {
         const unsigned* side = side_of_row(p, row);
         const int source = source_of_row(p, row_ends, row);
         int* metadata = p.metadata == nullptr ? nullptr : p.metadata + static_cast<long long>(row) * (num_topk + 2);
         int last_local = -1;
-        for (int k = 0; k < num_topk; ++k) {
-            const int local = static_cast<int>(side[layout.ids + k]) - first_expert;
-            const bool is_local = 0 <= local && local < num_local_experts;
-            if (is_local) last_local = k;
-            const int expert_row = is_local && p.do_expand ? static_cast<int>(side[layout.rows + k]) : -1;
-            const long long entry = static_cast<long long>(row) * num_topk + k;
-            if (p.recv_topk_idx != nullptr)
-                static_cast<Index*>(p.recv_topk_idx)[entry] = static_cast<Index>(is_local ? local : -1);
-            if (p.recv_topk_weights != nullptr) {
-                if (!p.do_expand)
-                    p.recv_topk_weights[entry] = __uint_as_float(side[layout.weights + k]);
-                else if (is_local)
-                    p.recv_topk_weights[expert_row] = __uint_as_float(side[layout.weights + k]);
+        // All loads of a batch come before its stores, which might be to the same memory for all that is known.
+        for (int first = 0; first < num_topk; first += kFactsBatch) {
+            int local[kFactsBatch], expert_row[kFactsBatch];
+            unsigned weight[kFactsBatch];
+#pragma unroll
+            for (int i = 0; i < kFactsBatch; ++i) {
+                const int k = first + i;
+                if (k >= num_topk) break;
+                local[i] = static_cast<int>(side[layout.ids + k]) - first_expert;
+                weight[i] = p.topk_weights != nullptr ? side[layout.weights + k] : 0;
+                expert_row[i] = p.do_expand ? static_cast<int>(side[layout.rows + k]) : -1;
             }
-            if (metadata != nullptr) metadata[2 + k] = expert_row;
+#pragma unroll
+            for (int i = 0; i < kFactsBatch; ++i) {
+                const int k = first + i;
+                if (k >= num_topk) break;
+                const bool is_local = 0 <= local[i] && local[i] < num_local_experts;
+                if (is_local) last_local = k;
+                const long long entry = static_cast<long long>(row) * num_topk + k;
+                if (p.recv_topk_idx != nullptr)
+                    static_cast<Index*>(p.recv_topk_idx)[entry] = static_cast<Index>(is_local ? local[i] : -1);
+                if (p.recv_topk_weights != nullptr && (!p.do_expand || is_local))
+                    p.recv_topk_weights[p.do_expand ? expert_row[i] : entry] = __uint_as_float(weight[i]);
+                if (metadata != nullptr) metadata[2 + k] = is_local ? expert_row[i] : -1;
+            }
         }
         if (metadata != nullptr) {
             metadata[0] = source * p.num_max_tokens + static_cast<int>(side[layout.token]);
@@ -74,28 +86,63 @@ __device__ __forceinline__ void write_row_facts(const DispatchParams& p, const i
     }
 }
 
-// Writes the scales, one thread a pack of a row.
-__device__ __forceinline__ void write_scales(const DispatchParams& p, int num_rows) {
+// Writes the scales: `Pack` is one of them, or four where these lie together in the results too. One thread a pack.
+template <class Pack>
+__device__ __forceinline__ void write_packs(const DispatchParams& p, int num_rows, const Workers& workers) {
+    constexpr int kNumScales = sizeof(Pack) / sizeof(unsigned);
     const int num_local_experts = p.num_experts / p.team.num_ranks;
     const int first_expert = (p.wait.rank - p.team.first_rank) * num_local_experts;
     const SideLayout layout = side_layout(p);
-    const long long step = static_cast<long long>(gridDim.x) * kNumThreads;
-    const long long num_packs = static_cast<long long>(num_rows) * p.num_sf_packs;
-    for (long long i = static_cast<long long>(blockIdx.x) * kNumThreads + threadIdx.x; i < num_packs; i += step) {
-        const int row = static_cast<int>(i / p.num_sf_packs), pack = static_cast<int>(i % p.num_sf_packs);
-        const unsigned* side = side_of_row(p, row);
-        const unsigned value = side[pack];
-        if (!p.do_expand) {
-            p.recv_sf[row * p.recv_sf_row_stride + pack * p.recv_sf_pack_stride] = value;
-            continue;
+    const int num_packs = p.num_sf_packs / kNumScales;
+    const long long num_all = static_cast<long long>(num_rows) * num_packs;
+    const auto store = [&p](long long to_row, int pack, const Pack& value) {
+        unsigned* to = p.recv_sf + to_row * p.recv_sf_row_stride + pack * kNumScales * p.recv_sf_pack_stride;
+        *reinterpret_cast<Pack*>(to) = value;
+    };
+    constexpr int kBatch = 4;
+    for (long long i = workers.idx; i < num_all; i += static_cast<long long>(kBatch) * workers.num) {
+        Pack values[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            const long long at = i + static_cast<long long>(j) * workers.num;
+            if (at < num_all)
+                values[j] = reinterpret_cast<const Pack*>(
+                    side_of_row(p, static_cast<int>(at / num_packs)))[at % num_packs];
         }
-        for (int k = 0; k < p.num_topk; ++k) {
-            const int local = static_cast<int>(side[layout.ids + k]) - first_expert;
-            if (0 <= local && local < num_local_experts)
-                p.recv_sf[static_cast<int>(side[layout.rows + k]) * p.recv_sf_row_stride +
-                          pack * p.recv_sf_pack_stride] = value;
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            const long long at = i + static_cast<long long>(j) * workers.num;
+            if (at >= num_all) break;
+            const int row = static_cast<int>(at / num_packs), pack = static_cast<int>(at % num_packs);
+            if (!p.do_expand) {
+                store(row, pack, values[j]);
+                continue;
+            }
+            const unsigned* side = side_of_row(p, row);
+            for (int k = 0; k < p.num_topk; ++k) {
+                const int local = static_cast<int>(side[layout.ids + k]) - first_expert;
+                if (0 <= local && local < num_local_experts)
+                    store(static_cast<int>(side[layout.rows + k]), pack, values[j]);
+            }
         }
     }
+}
+
+__device__ __forceinline__ void write_scales(const DispatchParams& p, int num_rows, const Workers& workers) {
+    const bool are_together = p.num_sf_packs % 4 == 0 && p.recv_sf_pack_stride == 1 && p.recv_sf_row_stride % 4 == 0;
+    if (are_together)
+        write_packs<uint4>(p, num_rows, workers);
+    else
+        write_packs<unsigned>(p, num_rows, workers);
+}
+
+// Writes what lies beside the rows of this rank. Called by all of the workers, when the side records have come.
+template <class Index>
+__device__ __forceinline__ void write_sides(const DispatchParams& p, const int* row_ends, const Workers& workers) {
+    const int num_rows = row_ends[p.team.num_ranks - 1];
+    if (p.recv_topk_idx != nullptr || p.recv_topk_weights != nullptr || p.metadata != nullptr)
+        write_row_facts<Index>(p, row_ends, num_rows, workers);
+    if (p.recv_sf != nullptr) write_scales(p, num_rows, workers);
 }
 
 // Copies rows to where they are wanted: out of the staging region, or from the first of an expert's rows to the others.

@@ -1,8 +1,7 @@
 // Rows on their way through shared memory: each warp has a stage of its own, into which it loads a piece of a row by
 // one bulk copy, and from which its lanes store it, each to a place of its own.
 //
-// A stage holds the piece and, behind it, a side record. Loads and stores go through the async proxy, so that no thread
-// touches the payload. There is one stage a warp, not two: with 14 rows of 14 KiB an SM has 200 KB on the move, several
+// Loads and stores go through the async proxy, so that no thread touches the payload. There is one stage a warp, not two: with 14 rows of 14 KiB an SM has 200 KB on the move, several
 // times what its share of the memory's bandwidth needs.
 #pragma once
 
@@ -19,9 +18,9 @@ inline constexpr int kStageAlignment = 128;
 // The stage of a warp.
 struct RowStage {
     unsigned char* piece;
-    unsigned* side;
     unsigned long long* barrier;
     unsigned parity;  // of the load to wait for next
+    bool is_loading;  // the first piece of this warp is under way, or in the stage
 };
 
 // Makes the barriers of all stages. Called by all threads of the block, once; a barrier of the block must follow.
@@ -35,13 +34,11 @@ __device__ __forceinline__ void init_stages(unsigned long long* barriers) {
 __device__ __forceinline__ RowStage row_stage(const DispatchParams& p, unsigned char* smem,
                                               unsigned long long* barriers) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int piece_bytes = align_up(p.piece_bytes, kStageAlignment);
-    const int stage_bytes = piece_bytes + align_up(p.side_bytes, kStageAlignment);
     RowStage stage;
-    stage.piece = smem + static_cast<long long>(warp) * stage_bytes;
-    stage.side = reinterpret_cast<unsigned*>(stage.piece + piece_bytes);
+    stage.piece = smem + p.stages_offset + static_cast<long long>(warp) * align_up(p.piece_bytes, kStageAlignment);
     stage.barrier = &barriers[warp];
     stage.parity = 0;
+    stage.is_loading = false;
     return stage;
 }
 
