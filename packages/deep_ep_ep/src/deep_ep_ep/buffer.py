@@ -5,10 +5,8 @@ It moves nothing itself: arguments are checked in `checks`, rows are moved by a 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
 from types import TracebackType
 
 import torch
@@ -244,6 +242,8 @@ class ElasticBuffer:
         self.id = self._facts.buffer_id
         _live_buffers[self.id] = self
         self._num_sms_of: dict[tuple[int, int], int] = {}
+        # Kinds of calls that were seen to fit in the buffer.
+        self._fitting_calls: set[tuple[str, int, int, int, int]] = set()
         collective = CollectiveBackend(transport, self._topology, self._facts)
         self.runtime: Backend | None = opener.open_backend(collective, self._facts, num_bytes=num_bytes)
         self.nccl_comm_handle = opener.nccl_comm_handle
@@ -605,18 +605,8 @@ class ElasticBuffer:
                 async_with_compute_stream=async_with_compute_stream,
                 allocate_on_comm_stream=allocate_on_comm_stream,
             )
-            row_bytes = args.x.size(1) * args.x.element_size()
-            self._check_size(
-                "dispatch",
-                dispatch_buffer_bytes(
-                    self._shape(
-                        args.num_max_tokens_per_rank,
-                        row_bytes,
-                        args.num_topk,
-                        0 if args.sf is None else args.sf.size(1),
-                    )
-                ),
-            )
+            num_sf_packs = 0 if args.sf is None else args.sf.size(1)
+            self._check_size("dispatch", args.num_max_tokens_per_rank, args.x, args.num_topk, num_sf_packs)
             with CommScope(args.x.device, streams, may_stay=runtime.may_stay) as scope:
                 result = runtime.dispatch(args, scope)
                 event = scope.finish(
@@ -704,11 +694,7 @@ class ElasticBuffer:
                 async_with_compute_stream=async_with_compute_stream,
                 allocate_on_comm_stream=allocate_on_comm_stream,
             )
-            row_bytes = args.x.size(1) * args.x.element_size()
-            self._check_size(
-                "combine",
-                combine_buffer_bytes(self._shape(handle.num_max_tokens_per_rank, row_bytes, handle.num_topk, 0)),
-            )
+            self._check_size("combine", handle.num_max_tokens_per_rank, args.x, handle.num_topk, 0)
             with CommScope(args.x.device, streams, may_stay=runtime.may_stay) as scope:
                 result = runtime.combine(args, scope)
                 event = scope.finish(
@@ -717,17 +703,9 @@ class ElasticBuffer:
                 )
         return result.combined_x, result.combined_topk_weights, event
 
-    @contextlib.contextmanager
-    def _rejections_reported(self, operation: str) -> Iterator[None]:
+    def _rejections_reported(self, operation: str) -> _RejectionReport:
         """Let the peers know why this rank does not come, when it refuses its own arguments."""
-        try:
-            yield
-        except RankMismatchError:
-            raise
-        except ConfigError as error:
-            if self.runtime is not None:
-                self.runtime.report_rejection(operation, str(error))
-            raise
+        return _RejectionReport(self, operation)
 
     def _default_num_sms(self, num_experts: int, num_topk: int) -> int:
         key = (num_experts, num_topk)
@@ -756,7 +734,15 @@ class ElasticBuffer:
             allow_multiple_reduction=self.allow_multiple_reduction,
         )
 
-    def _check_size(self, operation: str, required_bytes: int) -> None:
+    def _check_size(
+        self, operation: str, num_max_tokens_per_rank: int, x: torch.Tensor, num_topk: int, num_sf_packs: int
+    ) -> None:
+        row_bytes = x.size(1) * x.element_size()
+        key = operation, num_max_tokens_per_rank, row_bytes, num_topk, num_sf_packs
+        if key in self._fitting_calls:
+            return
+        shape = self._shape(num_max_tokens_per_rank, row_bytes, num_topk, num_sf_packs)
+        required_bytes = dispatch_buffer_bytes(shape) if operation == "dispatch" else combine_buffer_bytes(shape)
         if required_bytes > self.num_bytes:
             raise rejected(
                 self.rank_idx,
@@ -765,6 +751,27 @@ class ElasticBuffer:
                 "make the buffer with the larger num_max_tokens_per_rank and hidden, or with "
                 "num_bytes=ElasticBuffer.get_buffer_size_hint(...)",
             )
+        self._fitting_calls.add(key)
+
+
+class _RejectionReport:
+    """The block in which a call checks its arguments and runs. A class: a generator would take the host longer."""
+
+    __slots__ = ("_buffer", "_operation")
+
+    def __init__(self, buffer: ElasticBuffer, operation: str) -> None:
+        self._buffer = buffer
+        self._operation = operation
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        runtime = self._buffer.runtime
+        if runtime is not None and isinstance(exc, ConfigError) and not isinstance(exc, RankMismatchError):
+            runtime.report_rejection(self._operation, str(exc))
 
 
 def _check_constructor(

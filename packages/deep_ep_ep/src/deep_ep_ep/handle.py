@@ -8,7 +8,17 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["EPHandle", "Plan", "PlanParts", "RoutingPlan"]
+__all__ = ["DeferredTensors", "EPHandle", "Plan", "PlanParts", "RoutingPlan"]
+
+
+class DeferredTensors(Protocol):
+    """Tensors that are made when somebody asks for them; most callers never do."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of that name."""
+
+    def address_of(self, name: str) -> int:
+        """Where it begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,6 +119,16 @@ class RoutingPlan:
         return PlanParts(tensors=tensors, numbers=[0] * (2 * num_ranks))
 
 
+_DEFERRABLE = frozenset(
+    (
+        "psum_num_recv_tokens_per_scaleup_rank",
+        "psum_num_recv_tokens_per_expert",
+        "num_unaligned_recv_tokens_per_expert",
+        "dst_buffer_slot_idx",
+    )
+)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class EPHandle:
     """The routing of one dispatch. Made by `ElasticBuffer.dispatch`, used by `combine` and by cached dispatches.
@@ -163,6 +183,43 @@ class EPHandle:
     # Which buffer made it, and its how-manieth dispatch: both are compared before a handle is used.
     buffer_id: int = field(repr=False)
     dispatch_idx: int = field(repr=False)
+    # Where attributes come from that were not set yet; None if all were.
+    deferred: DeferredTensors | None = field(default=None, repr=False)
+
+    @classmethod
+    def with_deferred(cls, deferred: DeferredTensors, **known: object) -> EPHandle:
+        """A handle whose missing attributes are made when they are first asked for.
+
+        Args:
+            deferred: Makes them.
+            known: The others, without those that are None in every handle.
+        """
+        handle = cls.__new__(cls)
+        handle.deferred = deferred
+        handle.token_metadata_at_forward = handle.channel_linked_list = None
+        handle.cached_recv_src_metadata_before_sort = None
+        for name, value in known.items():
+            setattr(handle, name, value)
+        return handle
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        # Called for what is not set only.
+        if name not in _DEFERRABLE:
+            raise AttributeError(f"an EPHandle has no attribute {name}")
+        deferred = self.deferred
+        assert deferred is not None, "an attribute that is not set is deferred"
+        tensor = deferred.tensor(name)
+        setattr(self, name, tensor)
+        return tensor
+
+    def address_of(self, name: str) -> int:
+        """Where a tensor of the handle begins; does not make it."""
+        try:
+            tensor: torch.Tensor = object.__getattribute__(self, name)
+        except AttributeError:
+            assert self.deferred is not None, "an attribute that is not set is deferred"
+            return self.deferred.address_of(name)
+        return tensor.data_ptr()
 
     @property
     def num_tokens(self) -> int:
@@ -181,6 +238,9 @@ class EPHandle:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the handle owns or shares, for stream and lifetime bookkeeping."""
+        if self.deferred is not None:
+            # What is deferred lies in the plan's memory.
+            return [self.topk_idx, self.recv_src_metadata, *self.plan.tensors()]
         return [
             self.topk_idx,
             self.psum_num_recv_tokens_per_scaleup_rank,

@@ -48,7 +48,14 @@ def tensors_of_handle(handle: EPHandle) -> list[Tensor]:
             *parts.numbers,
         ]
     )
-    return [numbers, *(getattr(handle, name) for name in _FIELDS[2:]), *parts.tensors]
+    tensors = [*(getattr(handle, name) for name in _FIELDS[2:]), *parts.tensors]
+    return [numbers, *(_with_own_memory(tensor) for tensor in tensors)]
+
+
+def _with_own_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that shares memory with others: what an operator returns must not."""
+    has_own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if has_own else tensor.clone()
 
 
 def handle_from_tensors(

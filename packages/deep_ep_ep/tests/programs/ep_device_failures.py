@@ -42,7 +42,8 @@ def _fail_now_or_later(buffer: ElasticBuffer, call: Callable[[], object], *, do_
     """A call that waits on the host fails by itself; after another one the next call does, whatever it is."""
     if do_cpu_sync:
         return _told(call)
-    assert _told(call) is None, "it did not wait for the other ranks"
+    told = _told(call)
+    assert told is None, f"without a CPU sync a call must return before ranks are compared (got {told})"
     torch.cuda.synchronize()
     return _told(lambda: buffer.barrier(use_comm_stream=False))
 

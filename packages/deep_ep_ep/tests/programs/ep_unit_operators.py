@@ -17,7 +17,7 @@ from deep_ep_ep import ElasticBuffer, EPHandle, autograd
 from deep_ep_ep.backend import Backend, CombineResult, DispatchResult
 from deep_ep_ep.checks import CombineArgs, DispatchArgs
 from deep_ep_ep.device.plan import DevicePlan, version_of
-from deep_ep_ep.handle import Plan
+from deep_ep_ep.handle import Plan, PlanParts
 
 HIDDEN = 4
 NUM_TOPK = 3
@@ -127,13 +127,13 @@ class DeviceStandIn:
         result = self._inner.dispatch(args, scope)
         handle, num_rows = result.handle, len(args.topk_idx) if args.do_expand else 0
         self._plans[handle.dispatch_idx] = handle.plan
-        plan = DevicePlan(
-            row_of_entry=torch.zeros(args.topk_idx.shape, dtype=torch.int32),
-            expert_row_of_entry=torch.zeros(num_rows, args.num_topk, dtype=torch.int32),
-            num_send_rows=torch.zeros(dist.get_world_size(self._inner._transport.group), dtype=torch.int32),
-            metadata=handle.recv_src_metadata,
-            metadata_version=version_of(handle.recv_src_metadata),
+        num_ranks = dist.get_world_size(self._inner._transport.group)
+        shapes = (args.topk_idx.shape, (num_rows, args.num_topk), (num_ranks,))
+        parts = PlanParts(
+            tensors=[torch.zeros(shape, dtype=torch.int32) for shape in shapes],
+            numbers=[version_of(handle.recv_src_metadata)],
         )
+        plan = DevicePlan.of_parts(parts, handle.recv_src_metadata)
         return replace(result, handle=replace(handle, plan=plan))
 
     def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:

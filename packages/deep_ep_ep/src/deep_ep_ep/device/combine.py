@@ -69,11 +69,11 @@ class Combiner:
         params.x = x.data_ptr()
         params.weights = None if weights is None else weights.data_ptr()
         params.metadata = metadata.data_ptr()
-        params.recv_row_ends = handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()
-        params.num_send_rows = plan.num_send_rows.data_ptr()
+        params.recv_row_ends = handle.address_of("psum_num_recv_tokens_per_scaleup_rank")
+        params.num_send_rows = plan.ints.address_of("num_send_rows")
         params.topk_idx = handle.topk_idx.data_ptr()
-        params.row_of_entry = plan.row_of_entry.data_ptr()
-        params.expert_row_of_entry = plan.expert_row_of_entry.data_ptr()
+        params.row_of_entry = plan.ints.address_of("row_of_entry")
+        params.expert_row_of_entry = plan.ints.address_of("expert_row_of_entry")
         for bias_idx in range(2):
             params.biases[bias_idx] = args.biases[bias_idx].data_ptr() if bias_idx < len(args.biases) else None
         # One kernel does the epilogue too, so all of it comes behind that event.

@@ -23,7 +23,7 @@ from deep_ep_ep.device.dispatch_kernel import (
     side_bytes,
 )
 from deep_ep_ep.device.opening import BY_EXPERT, OperationKind, agreed_fields, set_agreed
-from deep_ep_ep.device.plan import DevicePlan, version_of
+from deep_ep_ep.device.plan import DevicePlan, RoutingMemory, version_of
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.quant import new_tma_aligned_col_major
 from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
@@ -38,18 +38,11 @@ _MAX_STAMP = 2**31 - 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Sums:
-    """The part of a new handle that the plan fills in."""
+class _Routing:
+    """What the plan of a new routing is written to."""
 
+    memory: RoutingMemory
     topk_idx: torch.Tensor
-    row_ends: torch.Tensor
-    expert_ends: torch.Tensor
-    num_expert_rows: torch.Tensor
-    dst_slot: torch.Tensor
-    row_of_entry: torch.Tensor
-    expert_row_of_entry: torch.Tensor
-    num_send_rows: torch.Tensor
-    block_counts: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,21 +94,20 @@ class Dispatcher:
             context.begin(agreed_fields(OperationKind.PLACE, agreed))
             self._set_plan(handle)
             return self._place(args, None, _sizes_of(handle), scope, has_plan=False)
-        sums = self._new_sums(args)
-        self._set_sums(args, sums)
+        routing = _Routing(memory=self._new_routing(args), topk_idx=self._new_topk_idx(args))
         if not args.do_cpu_sync:
             context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
-            return self._place(args, sums, self._worst_case(args), scope, has_plan=True)
+            return self._place(args, routing, self._worst_case(args), scope, has_plan=True)
         if not args.do_expand:
             context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
-            return self._place_then_read(args, sums, scope)
+            return self._place_then_read(args, routing, scope)
         # The worst case by expert is far larger than what comes, so rows do not move before the host knows how many.
         context.begin(agreed_fields(OperationKind.PLAN, agreed))
         params.opening.told[:] = (0, 0)
         self._launch(args, has_plan=True, asks_host=True)
         sizes = self._read_counts(args)
         context.begin(agreed_fields(OperationKind.PLACE, agreed))
-        return self._place(args, sums, sizes, scope, has_plan=False)
+        return self._place(args, routing, sizes, scope, has_plan=False)
 
     def _set_arguments(self, args: DispatchArgs) -> None:
         params, sf = self._params, args.sf
@@ -141,48 +133,51 @@ class Dispatcher:
 
     # The plan
 
-    def _new_sums(self, args: DispatchArgs) -> _Sums:
-        context, device, params = self._context, self._context.device, self._params
+    def _new_routing(self, args: DispatchArgs) -> RoutingMemory:
+        """Memory for the plan and the handle, which the kernel is told of."""
+        context, params = self._context, self._params
         num_tokens, num_topk = params.num_tokens, params.num_topk
-        num_local_experts = args.num_experts // context.num_ranks
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=device)
-
         num_columns = context.num_ranks + args.num_experts
-        return _Sums(
-            topk_idx=torch.empty_like(args.topk_idx) if args.do_handle_copy else args.topk_idx,
-            row_ends=ints(context.num_ranks),
-            expert_ends=ints(num_local_experts),
-            num_expert_rows=ints(num_local_experts),
-            dst_slot=ints(num_tokens, num_topk),
-            row_of_entry=ints(num_tokens, num_topk),
-            expert_row_of_entry=ints(num_tokens if args.do_expand else 0, num_topk),
-            num_send_rows=ints(context.num_ranks),
-            block_counts=ints(args.num_sms, num_columns) if num_tokens > _TILE_TOKENS else None,
+        routing = RoutingMemory(
+            context.device,
+            num_ranks=context.num_ranks,
+            num_local_experts=args.num_experts // context.num_ranks,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            do_expand=args.do_expand,
+            num_scratch=args.num_sms * num_columns if num_tokens > _TILE_TOKENS else 0,
         )
-
-    def _set_sums(self, args: DispatchArgs, sums: _Sums) -> None:
-        params = self._params
-        params.block_counts = None if sums.block_counts is None else sums.block_counts.data_ptr()
-        params.row_of_entry = sums.row_of_entry.data_ptr()
-        params.expert_row_of_entry = sums.expert_row_of_entry.data_ptr()
-        params.num_send_rows, params.recv_row_ends = sums.num_send_rows.data_ptr(), sums.row_ends.data_ptr()
-        params.dst_slot = sums.dst_slot.data_ptr()
-        params.topk_idx_copy = sums.topk_idx.data_ptr() if args.do_handle_copy else None
-        params.expert_ends, params.num_expert_rows = sums.expert_ends.data_ptr(), sums.num_expert_rows.data_ptr()
+        address_of = routing.address_of
+        params.block_counts = address_of("scratch")
+        params.row_of_entry = address_of("row_of_entry")
+        params.expert_row_of_entry = address_of("expert_row_of_entry")
+        params.num_send_rows = address_of("num_send_rows")
+        params.recv_row_ends = address_of("psum_num_recv_tokens_per_scaleup_rank")
+        params.expert_ends = address_of("psum_num_recv_tokens_per_expert")
+        params.num_expert_rows = address_of("num_unaligned_recv_tokens_per_expert")
+        params.dst_slot = address_of("dst_buffer_slot_idx")
         params.recv_stats = None if args.recv_stats is None else args.recv_stats.data_ptr()
+        return routing
+
+    def _new_topk_idx(self, args: DispatchArgs) -> torch.Tensor:
+        """What the handle keeps of `topk_idx`: a copy that the kernel makes, or the caller's tensor."""
+        if not args.do_handle_copy:
+            self._params.topk_idx_copy = None
+            return args.topk_idx
+        copy = torch.empty_like(args.topk_idx)
+        self._params.topk_idx_copy = copy.data_ptr()
+        return copy
 
     def _set_plan(self, handle: EPHandle) -> None:
         params, plan = self._params, handle.plan
         assert isinstance(plan, DevicePlan), "handles of other backends do not come here"
         params.block_counts = params.dst_slot = params.topk_idx_copy = params.recv_stats = None
-        params.row_of_entry = plan.row_of_entry.data_ptr()
-        params.expert_row_of_entry = plan.expert_row_of_entry.data_ptr()
-        params.num_send_rows = plan.num_send_rows.data_ptr()
-        params.recv_row_ends = handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()
-        params.expert_ends = handle.psum_num_recv_tokens_per_expert.data_ptr()
-        params.num_expert_rows = handle.num_unaligned_recv_tokens_per_expert.data_ptr()
+        params.row_of_entry = plan.ints.address_of("row_of_entry")
+        params.expert_row_of_entry = plan.ints.address_of("expert_row_of_entry")
+        params.num_send_rows = plan.ints.address_of("num_send_rows")
+        params.recv_row_ends = handle.address_of("psum_num_recv_tokens_per_scaleup_rank")
+        params.expert_ends = handle.address_of("psum_num_recv_tokens_per_expert")
+        params.num_expert_rows = handle.address_of("num_unaligned_recv_tokens_per_expert")
 
     def _read_counts(self, args: DispatchArgs) -> _Sizes:
         """Wait on the host until the kernel that was launched last has told the counts; it may still move rows."""
@@ -211,7 +206,7 @@ class Dispatcher:
     def _place(
         self,
         args: DispatchArgs,
-        sums: _Sums | None,
+        routing: _Routing | None,
         sizes: _Sizes,
         scope: CommScope,
         *,
@@ -227,14 +222,14 @@ class Dispatcher:
         kept = self._tell(args, x_offset, num_sides=sizes.num_recv, num_slots=num_slots)
         if recv_x is None:
             recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
-        result = self._new_results(args, sums, sizes, recv_x)
+        result = self._new_results(args, routing, sizes, recv_x)
         # One kernel does the epilogue too, so all of it comes behind that event.
         scope.wait_before_epilogue()
         self._launch(args, has_plan=has_plan, has_place=True, has_receive=True)
         del kept
         return result
 
-    def _place_then_read(self, args: DispatchArgs, sums: _Sums, scope: CommScope) -> DispatchResult:
+    def _place_then_read(self, args: DispatchArgs, routing: _Routing, scope: CommScope) -> DispatchResult:
         """Move rows to where the most that may come have room, and make results when the counts are there."""
         context, params = self._context, self._params
         num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
@@ -249,7 +244,7 @@ class Dispatcher:
             recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
         else:
             recv_x = region.take(shape, args.x.dtype)
-        result = self._new_results(args, sums, sizes, recv_x)
+        result = self._new_results(args, routing, sizes, recv_x)
         scope.wait_before_epilogue()
         self._launch(args, has_receive=True)
         del kept
@@ -284,7 +279,7 @@ class Dispatcher:
         return kept
 
     def _new_results(
-        self, args: DispatchArgs, sums: _Sums | None, sizes: _Sizes, recv_x: torch.Tensor
+        self, args: DispatchArgs, routing: _Routing | None, sizes: _Sizes, recv_x: torch.Tensor
     ) -> DispatchResult:
         """Memory for the other results, which the kernel is told of."""
         params, device, num_topk = self._params, self._context.device, args.num_topk
@@ -303,9 +298,9 @@ class Dispatcher:
         if args.handle is not None:
             handle = args.handle
         else:
-            assert sums is not None, "a new routing has sums"
+            assert routing is not None, "a call without a handle has a new routing"
             metadata = torch.empty(sizes.num_recv, num_topk + 2, dtype=torch.int32, device=device)
-            handle = self._make_handle(args, sums, sizes, metadata)
+            handle = self._make_handle(args, routing, sizes, metadata)
         params.recv_x = recv_x.data_ptr()
         params.recv_topk_idx = None if recv_topk_idx is None else recv_topk_idx.data_ptr()
         params.recv_topk_weights = None if recv_weights is None else recv_weights.data_ptr()
@@ -356,29 +351,23 @@ class Dispatcher:
             params.host_counts = context.host_counts.data_ptr()
         launch(params, current_stream(context.device_idx).cuda_stream)
 
-    def _make_handle(self, args: DispatchArgs, sums: _Sums, sizes: _Sizes, metadata: torch.Tensor) -> EPHandle:
+    def _make_handle(self, args: DispatchArgs, routing: _Routing, sizes: _Sizes, metadata: torch.Tensor) -> EPHandle:
         self._num_dispatches += 1
-        return EPHandle(
+        memory = routing.memory
+        return EPHandle.with_deferred(
+            memory,
             do_expand=args.do_expand,
             num_experts=args.num_experts,
             expert_alignment=args.expert_alignment,
             num_max_tokens_per_rank=args.num_max_tokens_per_rank,
             num_sms=args.num_sms,
-            topk_idx=sums.topk_idx,
+            topk_idx=routing.topk_idx,
             num_recv_tokens=sizes.num_recv,
             num_expanded_tokens=sizes.num_expanded,
             num_recv_tokens_per_expert_list=sizes.expert_counts,
-            psum_num_recv_tokens_per_scaleup_rank=sums.row_ends,
-            psum_num_recv_tokens_per_expert=sums.expert_ends,
-            num_unaligned_recv_tokens_per_expert=sums.num_expert_rows,
             recv_src_metadata=metadata,
-            dst_buffer_slot_idx=sums.dst_slot,
             plan=DevicePlan(
-                row_of_entry=sums.row_of_entry,
-                expert_row_of_entry=sums.expert_row_of_entry,
-                num_send_rows=sums.num_send_rows,
-                metadata=metadata,
-                metadata_version=version_of(metadata),
+                ints=memory, owned=(memory.storage,), metadata=metadata, metadata_version=version_of(metadata)
             ),
             buffer_id=self._facts.buffer_id,
             dispatch_idx=self._num_dispatches,

@@ -24,15 +24,17 @@ struct DispatchMemory {
 };
 
 // Opens the operation and plans. Called by all threads of each block. False if the kernel must end.
-template <class Index>
+template <class Index, bool kHasPlace>
 [[nodiscard]] __device__ __forceinline__ bool open_and_plan(const DispatchParams& p, unsigned long long epoch,
-                                                            DispatchMemory& shared, unsigned char* smem, int begin,
-                                                            int end) {
+                                                            DispatchMemory& shared, unsigned char* smem,
+                                                            RowStage& stage, int begin, int end) {
     const PlanMemory memory = plan_memory(p, smem);
     if (!count_tokens<Index>(p, memory, begin, end, &shared.invalid_token)) return false;
     if (blockIdx.x == 0) send_opening(p.team, p.opening_offset, p.opening, epoch, shared.invalid_token);
     // Counts of tokens that are wrong are of no harm: no rank goes on from the opening.
     send_counts(p, memory.counts, epoch);
+    // While the counts travel. Not before the tokens are counted: that would wait behind the rows.
+    if (kHasPlace && p.stages_offset > 0) load_ahead(p, stage, begin, end);
     if (!receive_openings(p.team, p.opening_offset, p.opening, epoch, p.wait, shared.peers)) return false;
     if (!receive_counts(p, epoch, memory.totals, memory.before_us, shared.row_ends)) return false;
     if (threadIdx.x < 32) {
@@ -86,8 +88,8 @@ template <class Index, bool kHasReceive>
     return wait_for_rows(p, shared.row_ends) && shared.sides.have_come != 0;
 }
 
-// Writes what is still missing of the results. Called by all threads of each block, when all rows have come. `has_plan`:
-// the plan was made in this kernel.
+// Writes what is still missing of the results. Called by all threads of each block, when all rows have come.
+// `has_plan`: the plan was made in this kernel.
 __device__ __forceinline__ void finish_rows(const DispatchParams& p, DispatchMemory& shared, RowStage& stage,
                                             bool has_plan) {
     if (p.is_staged || (p.do_expand && !p.fans_out_at_sender))
@@ -115,10 +117,10 @@ __device__ __forceinline__ void run_dispatch(const DispatchParams& p) {
     init_stages(shared.stage_barriers);
     __syncthreads();
     RowStage stage = row_stage(p, smem, shared.stage_barriers);
-    if (kConfig.has_place && (!kConfig.has_plan || p.stages_offset > 0)) load_ahead(p, stage, begin, end);
+    if (kConfig.has_place && !kConfig.has_plan) load_ahead(p, stage, begin, end);
     bool is_right;
     if constexpr (kConfig.has_plan)
-        is_right = open_and_plan<Index>(p, epoch, shared, smem, begin, end);
+        is_right = open_and_plan<Index, kConfig.has_place>(p, epoch, shared, smem, stage, begin, end);
     else
         is_right = take_plan<kConfig.has_place>(p, epoch, shared);
     if constexpr (kConfig.has_place) {

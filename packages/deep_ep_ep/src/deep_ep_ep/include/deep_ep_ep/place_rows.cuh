@@ -21,8 +21,8 @@ __device__ __forceinline__ RowItems row_items(const DispatchParams& p, int begin
 }
 
 // Begins to load an item of this warp. Called by all lanes; the stage must be free.
-__device__ __forceinline__ void begin_item(const DispatchParams& p, const RowItems& items, const RowStage& stage, int item,
-                                           ptx::CachePolicy policy) {
+__device__ __forceinline__ void begin_item(const DispatchParams& p, const RowItems& items, const RowStage& stage,
+                                           int item, ptx::CachePolicy policy) {
     const int token = items.begin + item / items.num_pieces, offset = item % items.num_pieces * p.piece_bytes;
     const unsigned char* row = static_cast<const unsigned char*>(p.x) + static_cast<long long>(token) * p.row_bytes;
     begin_load(stage, row + offset, min(p.piece_bytes, p.row_bytes - offset), policy);
@@ -72,7 +72,8 @@ __device__ __forceinline__ void send_rows(const DispatchParams& p, const PeerOpe
             if ((peers.told[rank][1] & kByExpert) != 0)
                 last_row = row >= 0 || p.fans_out_at_sender ? expert_row : -1;
             if (last_row >= 0)
-                ptx::bulk_store(region + static_cast<long long>(last_row) * p.row_bytes + offset, stage.piece, num_bytes);
+                ptx::bulk_store(region + static_cast<long long>(last_row) * p.row_bytes + offset, stage.piece,
+                                num_bytes);
             if (row >= 0 && piece == 0) atomicAdd(&num_sent[rank], 1);
         }
         ptx::bulk_commit();

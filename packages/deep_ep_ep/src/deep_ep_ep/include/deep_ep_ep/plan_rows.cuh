@@ -49,7 +49,7 @@ template <class Index>
         fill_masks<Index>(p, memory.masks, first, count_end, invalid_token);
         for (int column = thread_idx; column < columns; column += kNumThreads)
             memory.counts[column] +=
-                count_column(memory.masks, num_mask_warps(count_end - first), columns, column);
+                count_column(memory.masks, num_mask_rows(count_end - first), columns, column);
         __syncthreads();
     }
     if (is_one_tile) return true;
@@ -146,52 +146,46 @@ __device__ __forceinline__ void write_rows(const DispatchParams& p, const PlanMe
     const bool has_masks = is_one_tile || end - begin <= kTileTokens;
     for (int first = is_one_tile ? 0 : begin; first < end; first += kTileTokens) {
         if (!has_masks) fill_masks<Index>(p, memory.masks, first, end, invalid_token);
-        sum_masks(memory.masks, memory.before, num_mask_warps(is_one_tile ? p.num_tokens : end - first), columns);
+        const int tile_end = is_one_tile ? p.num_tokens : end;
+        sum_masks(memory.masks, memory.before, num_mask_rows(tile_end - first), columns);
         __syncthreads();
-        const int token = first + static_cast<int>(threadIdx.x);
-        if (begin <= token && token < end) {
-            unsigned long long seen_low = 0, seen_high = 0;
-            // From the last entry to the first: the last of a rank is the one that stands for the token.
-            for (int k = (num_topk - 1) / kEntryBatch * kEntryBatch; k >= 0; k -= kEntryBatch) {
-                int experts[kEntryBatch];
-                load_experts<Index>(p, token, k, experts);
-#pragma unroll
-                for (int i = kEntryBatch - 1; i >= 0; --i) {
-                    if (k + i >= num_topk) continue;
-                    const long long entry = static_cast<long long>(token) * num_topk + k + i;
-                    const int expert = experts[i];
-                    int row = -1, expert_row = -1, slot = -1;
-                    if (expert >= 0) {
-                        const int rank = expert / num_local_experts;
-                        const unsigned long long bit = 1ull << rank % 64;
-                        const bool is_low = rank < 64;
-                        if (((is_low ? seen_low : seen_high) & bit) == 0) {
-                            const int place = place_in_column(memory.masks, memory.before, columns, rank);
-                            row = static_cast<int>(memory.counts[rank]) + place;
-                            slot = static_cast<int>(memory.before_block[rank]) + place;
-                        }
-                        seen_low |= is_low ? bit : 0;
-                        seen_high |= is_low ? 0 : bit;
-                        if (p.do_expand) {
-                            const int column = num_ranks + expert;
-                            expert_row = static_cast<int>(memory.counts[column]) +
-                                         place_in_column(memory.masks, memory.before, columns, column);
-                        }
-                    }
-                    p.row_of_entry[entry] = row;
-                    if (p.do_expand) p.expert_row_of_entry[entry] = expert_row;
-                    if (p.dst_slot != nullptr)
-                        p.dst_slot[entry] = row < 0 ? -1 : p.team.rank * p.num_max_tokens + slot;
-                    if (p.topk_idx_copy != nullptr)
-                        static_cast<Index*>(p.topk_idx_copy)[entry] = static_cast<const Index*>(p.topk_idx)[entry];
+        // Of this tile only the tokens of this block.
+        const int from = max(first, begin), to = min(first + kTileTokens, end);
+        for (int i = static_cast<int>(threadIdx.x); i < (to - from) * num_topk; i += kNumThreads) {
+            const int token = from + i / num_topk, k = i % num_topk;
+            const long long entry = static_cast<long long>(token) * num_topk + k;
+            const int expert = expert_of_entry<Index>(p, token, k);
+            int row = -1, expert_row = -1, slot = -1;
+            if (expert >= 0) {
+                const int rank = expert / num_local_experts;
+                // The last entry of a rank is the one that stands for the token.
+                bool is_last = true;
+                for (int later = k + 1; later < num_topk; ++later) {
+                    const int other = expert_of_entry<Index>(p, token, later);
+                    is_last &= other < 0 || other / num_local_experts != rank;
+                }
+                if (is_last) {
+                    slot = place_in_column(memory.masks, memory.before, columns, token - first, rank);
+                    row = static_cast<int>(memory.counts[rank]) + slot;
+                    slot += static_cast<int>(memory.before_block[rank]);
+                }
+                if (p.do_expand) {
+                    const int column = num_ranks + expert;
+                    expert_row = static_cast<int>(memory.counts[column]) +
+                                 place_in_column(memory.masks, memory.before, columns, token - first, column);
                 }
             }
+            p.row_of_entry[entry] = row;
+            if (p.do_expand) p.expert_row_of_entry[entry] = expert_row;
+            if (p.dst_slot != nullptr) p.dst_slot[entry] = row < 0 ? -1 : p.team.rank * p.num_max_tokens + slot;
+            if (p.topk_idx_copy != nullptr)
+                static_cast<Index*>(p.topk_idx_copy)[entry] = static_cast<const Index*>(p.topk_idx)[entry];
         }
         if (has_masks) break;
         // The next tile starts behind this one.
         __syncthreads();
         for (int column = static_cast<int>(threadIdx.x); column < columns; column += kNumThreads) {
-            const unsigned count = count_column(memory.masks, num_mask_warps(end - first), columns, column);
+            const unsigned count = count_column(memory.masks, num_mask_rows(end - first), columns, column);
             memory.counts[column] += count;
             memory.before_block[column] += count;
         }

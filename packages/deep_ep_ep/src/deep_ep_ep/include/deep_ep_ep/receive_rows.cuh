@@ -10,8 +10,8 @@ namespace deep_ep_ep {
 // Entries of a row whose facts a thread loads together.
 inline constexpr int kFactsBatch = 8;
 
-// Waits until all rows of this operation have come. Their side records have come before, see `side_records.cuh`. Called by all threads of each block; the same answer in all threads
-// of the block.
+// Waits until all rows of this operation have come. Their side records have come before, see `side_records.cuh`. Called
+// by all threads of each block; the same answer in all threads of the block.
 [[nodiscard]] __device__ __forceinline__ bool wait_for_rows(const DispatchParams& p, const int* row_ends) {
     const Arrivals* arrivals = comm::window_pointer<Arrivals>(p.team, p.team.rank, p.arrivals_offset);
     bool have_come = true;

@@ -1,8 +1,9 @@
 // Rows on their way through shared memory: each warp has a stage of its own, into which it loads a piece of a row by
 // one bulk copy, and from which its lanes store it, each to a place of its own.
 //
-// Loads and stores go through the async proxy, so that no thread touches the payload. There is one stage a warp, not two: with 14 rows of 14 KiB an SM has 200 KB on the move, several
-// times what its share of the memory's bandwidth needs.
+// Loads and stores go through the async proxy, so that no thread touches the payload. There is one stage a warp, not
+// two: with 14 rows of 14 KiB an SM has 200 KB on the move, several times what its share of the memory's bandwidth
+// needs.
 #pragma once
 
 #include <deep_ep_core/comm/mbarrier_wait.cuh>

@@ -1,7 +1,8 @@
-// What lies beside rows (ids, weights, scales, rows by expert) on its way: small records, by the warps that move no rows.
+// What lies beside rows (ids, weights, scales, rows by expert) on its way: small records, by the warps that move no
+// rows.
 //
-// They travel while the rows do, and a receiver writes them into the results while rows still come. Behind the rows they
-// would wait for memory that is busy with writing these: measured, 30 to 60 us at the end of a small dispatch.
+// They travel while the rows do, and a receiver writes them into the results while rows still come. Behind the rows
+// they would wait for memory that is busy with writing these: measured, 30 to 60 us at the end of a small dispatch.
 #pragma once
 
 #include <deep_ep_core/ptx/named_barrier.cuh>
@@ -11,8 +12,8 @@ namespace deep_ep_ep {
 
 inline constexpr int kSideBarrier = 1;
 inline constexpr int kNumSideThreads = kNumSideWarps * 32;
-// Words of a record: 224 packs (one for 32 channels of a row of 7168), 3 * 32 for the routing, and the token; longer ones
-// travel in parts.
+// Words of a record: 224 packs (one for 32 channels of a row of 7168), 3 * 32 for the routing, and the token; longer
+// ones travel in parts.
 inline constexpr int kSideWords = 128;
 
 // What the side warps of a block share.
@@ -91,8 +92,8 @@ __device__ __forceinline__ void send_sides(const DispatchParams& p, const PeerOp
     }
 }
 
-// Waits until all side records of this operation have come. Called by all lanes of the side warps; the same answer in all
-// of them.
+// Waits until all side records of this operation have come. Called by all lanes of the side warps; the same answer in
+// all of them.
 [[nodiscard]] __device__ __forceinline__ bool wait_for_sides(const DispatchParams& p, SideMemory& memory,
                                                              const int* row_ends) {
     const Arrivals* arrivals = comm::window_pointer<Arrivals>(p.team, p.team.rank, p.arrivals_offset);
