@@ -15,12 +15,15 @@ import nox
 
 ROOT = Path(__file__).parent
 # In the order of their dependencies.
-PACKAGES = ("deep_ep_core", "deep_ep_ep")
+PACKAGES = ("deep_ep_core", "deep_ep_ep", "deep_ep_pp", "deep_ep_cp", "deep_ep_engram")
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # What a package may ask for besides its siblings.
 ALLOWED_REQUIREMENTS = {
     "deep_ep_core": {"torch", "nvidia-ml-py", "platformdirs"},
     "deep_ep_ep": {"torch", "deep-ep-core", "nvidia-ml-py"},
+    "deep_ep_pp": {"torch", "deep-ep-core"},
+    "deep_ep_cp": {"torch", "deep-ep-core"},
+    "deep_ep_engram": {"torch", "deep-ep-core"},
 }
 
 # pip finds a machine's own wheels and settings; uv would not look there.

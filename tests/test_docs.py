@@ -141,6 +141,7 @@ def test_error_text_in_troubleshooting_is_one_of_the_code(title: str) -> None:
 NO_ENTRY_NEEDED = {
     "CorruptEntryError": "the cache catches it and builds the entry anew",
     "UnknownRateError": "links catches it and logs that the rate is unknown",
+    "AttributeError": "is Python's own for a name that is misspelt",
     "MpsError": "open_mps catches it; the text of what it raises or prints instead holds this one",
     "NVMLError": "is NVML's own, and links catches it",
     "… (got …, on rank …); …": "is what `rejected` makes of its arguments; each call of it is an error of its own here",

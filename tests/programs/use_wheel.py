@@ -63,6 +63,44 @@ def use_ep() -> None:
     assert torch.equal(combined, torch.where((topk_idx >= 0).any(1, keepdim=True), x, 0))
 
 
+def use_pp() -> None:
+    from deep_ep_pp.demo.__main__ import main
+
+    # Two ranks that send and receive activations and gradients.
+    assert main(["--ranks", "2", "--steps", "1"]) == 0
+
+
+def use_cp() -> None:
+    import torch
+
+    from deep_ep_cp import ContextBuffer, all_gather
+
+    use_core()
+    buffer = ContextBuffer(None, 2 << 20, device="cpu")
+    buffer.agrs_set_config(1 << 10, 2)
+    with buffer.agrs_new_session():
+        gathered, wait = buffer.all_gather(torch.arange(3))
+        wait()
+        assert gathered.tolist() == [[0, 1, 2]]
+    x = torch.ones(3, requires_grad=True)
+    all_gather(buffer, x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 1, 1]
+
+
+def use_engram() -> None:
+    import torch
+
+    from deep_ep_engram import EngramTable
+
+    use_core()
+    with EngramTable(None, 4 << 20, 2 << 20) as table:
+        entries = torch.arange(4 * 128).view(4, 128).bfloat16()
+        table.engram_write(entries)
+        data, _ = table.engram_fetch(torch.tensor([[3, 0], [3, 3]]))()
+        assert torch.equal(data, entries[[3, 0, 3, 3]].view(2, 256))
+
+
 def main() -> None:
     package, siblings, allowed = sys.argv[1:]
     num_modules = check_imports(package)
@@ -70,7 +108,14 @@ def main() -> None:
     check_files(package)
     for sibling in filter(None, siblings.split(",")):
         assert importlib.util.find_spec(sibling) is None, f"{sibling} is installed, but {package} must stand alone"
-    {"deep_ep_core": use_core, "deep_ep_ep": use_ep}[package]()
+    uses = {
+        "deep_ep_core": use_core,
+        "deep_ep_ep": use_ep,
+        "deep_ep_pp": use_pp,
+        "deep_ep_cp": use_cp,
+        "deep_ep_engram": use_engram,
+    }
+    uses[package]()
     print(f"{package}: {num_modules} modules imported, requirements and files are right, and it works")
 
 

@@ -1,0 +1,35 @@
+"""Owns how the scales of fetched entries are laid out. They never travel: every rank has those of all entries."""
+
+from __future__ import annotations
+
+import torch
+
+from deep_ep_core.align import align_up
+
+__all__ = ["gather_scales"]
+
+# Column-major scales begin each column at 16 bytes, which is what TMA descriptors can read.
+_PACKS_PER_16_BYTES = 4
+
+
+def gather_scales(sf: torch.Tensor, indices: torch.Tensor, *, is_col_major: bool) -> torch.Tensor:
+    """The scales of entries, those of a token side by side.
+
+    Args:
+        sf: `[num_entries, num_packs]` of 4-byte elements, contiguous.
+        indices: `[num_tokens, num_entries_per_token]` of rows of `sf`.
+        is_col_major: Lay the result out column by column.
+
+    Returns:
+        `[num_tokens, num_entries_per_token * num_packs]` of the scales' dtype. Row-major it is contiguous. Column-major
+        its strides are `(1, ceil4(num_tokens))`, where ceil4 rounds up to a multiple of four; the padding after every
+        column, the last included, is zero.
+    """
+    num_tokens, num_columns = indices.size(0), indices.size(1) * sf.size(1)
+    # As int32, since torch cannot index every dtype of four bytes.
+    rows = sf.view(torch.int32).index_select(0, indices.reshape(-1)).view(num_tokens, num_columns)
+    if is_col_major:
+        column_packs = align_up(num_tokens, _PACKS_PER_16_BYTES)
+        columns = rows.new_zeros(num_columns * column_packs).as_strided((num_tokens, num_columns), (1, column_packs))
+        rows = columns.copy_(rows)
+    return rows.view(sf.dtype)
