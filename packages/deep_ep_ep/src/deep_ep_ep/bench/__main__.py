@@ -23,7 +23,7 @@ from deep_ep_core.launch import main as launch_main
 from deep_ep_core.topology import host_identity
 from deep_ep_ep.bench.cases import DTYPES, LAYOUTS, MODES, OPS, RECV_MEMORIES, Case, Sweep
 from deep_ep_ep.bench.measure import CaseRunner, Session, measure_copy_gbs
-from deep_ep_ep.bench.report import make_record, read_machine, table_head, table_row
+from deep_ep_ep.bench.report import make_record, nccl_version, read_machine, table_head, table_row
 from deep_ep_ep.bench.suites import SUITES
 from deep_ep_ep.buffer import get_physical_domain_size
 
@@ -156,7 +156,7 @@ def _row_group(
 
 def _shares_gpus() -> bool:
     """Whether NCCL takes several ranks on one GPU; the launcher sets the variable where they share one."""
-    is_new_enough = torch.cuda.nccl.version()[:2] >= _FIRST_NCCL_WITH_SHARED_GPUS
+    is_new_enough = nccl_version()[:2] >= _FIRST_NCCL_WITH_SHARED_GPUS
     return is_new_enough and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 

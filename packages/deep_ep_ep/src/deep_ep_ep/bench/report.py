@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+from deep_ep_core.errors import TransportError
+from deep_ep_core.nccl import load_nccl
 from deep_ep_ep.bench.cases import Case
 from deep_ep_ep.bench.measure import Measurement
 
-__all__ = ["Machine", "Record", "commit_of", "make_record", "read_machine", "table_head", "table_row"]
+__all__ = ["Machine", "Record", "commit_of", "make_record", "nccl_version", "read_machine", "table_head", "table_row"]
 
 _MS_PER_S = 1e3
 _BYTES_PER_GB = 1e9
@@ -167,10 +169,20 @@ def read_machine(device: torch.device) -> Machine:
     return Machine(
         device=torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
         driver=_driver_version() if is_cuda else None,
-        nccl=".".join(map(str, torch.cuda.nccl.version())) if is_cuda else None,
+        nccl=".".join(map(str, nccl_version())) if is_cuda else None,
         torch=str(torch.__version__),
         commit=commit_of(Path(__file__)),
     )
+
+
+def nccl_version() -> tuple[int, ...]:
+    """Version of the NCCL that is used, which need not be the one that torch was built with. Collective: no."""
+    try:
+        code = load_nccl().version
+    except TransportError:
+        # Too old for windows, as that of torch may be.
+        return tuple(torch.cuda.nccl.version())
+    return code // 10000, code // 100 % 100, code % 100
 
 
 def commit_of(file: Path) -> str | None:
