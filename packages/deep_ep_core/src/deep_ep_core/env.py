@@ -187,6 +187,49 @@ VARIABLES: tuple[Variable, ...] = (
         unit="ranks",
         minimum=1,
     ),
+    Variable(
+        "EP_LOOPBACK_DELAY_US",
+        "Network",
+        int,
+        "0",
+        "Loopback network: how long a message is under way; with reordering, at most.",
+        unit="us",
+        minimum=0,
+    ),
+    Variable(
+        "EP_LOOPBACK_REORDER",
+        "Network",
+        int,
+        None,
+        "Loopback network: seed of random delays, so that messages overtake each other where GIN permits.",
+        default_note="in order",
+        minimum=0,
+    ),
+    Variable(
+        "EP_LOOPBACK_DROP_RANK",
+        "Network",
+        int,
+        None,
+        "Loopback network: lose the messages of this rank, and those to it.",
+        default_note="none",
+        minimum=0,
+    ),
+    Variable(
+        "EP_LOOPBACK_DROP_AFTER",
+        "Network",
+        int,
+        "0",
+        "Loopback network: messages that the lost rank sends to others before it falls silent.",
+        unit="messages",
+        minimum=0,
+    ),
+    Variable(
+        "EP_LOOPBACK_COUNTERS",
+        "Network",
+        Path,
+        None,
+        "Loopback network: folder for files with the messages and bytes that each rank sent to each peer.",
+    ),
     Variable("EP_JIT_DEBUG", "JIT", bool, "0", "Print what the JIT does, ptxas output too; embed source lines."),
     Variable("EP_JIT_CACHE_DIR", "JIT", Path, "~/.deep_ep", "Folder of compiled kernels."),
     Variable("EP_JIT_NVCC_COMPILER", "JIT", Path, None, "The nvcc program.", default_note="nvcc of `CUDA_HOME`"),
@@ -249,6 +292,11 @@ class Env:
     override_rdma_sl: int | None
     disable_gin: bool
     nccl_lsa_team_size: int | None
+    loopback_delay_us: int
+    loopback_reorder: int | None
+    loopback_drop_rank: int | None
+    loopback_drop_after: int
+    loopback_counters: Path | None
     jit_debug: bool
     jit_cache_dir: Path
     jit_nvcc_compiler: Path | None

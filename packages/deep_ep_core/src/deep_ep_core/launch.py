@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="make-believe nodes that the ranks are cut into: sets NCCL_LSA_TEAM_SIZE to ranks / nodes (default: 1)",
+        help="make-believe nodes that the ranks are cut into: sets NCCL_LSA_TEAM_SIZE to ranks / nodes, and on GPUs "
+        "gives NCCL a loopback network, unless you chose another (default: 1)",
     )
     parser.add_argument(
         "--device",

@@ -26,7 +26,8 @@ class LaunchConfig:
 
     Attributes:
         num_ranks: Number of processes.
-        num_nodes: Number of make-believe nodes that the ranks are cut into, in rank order.
+        num_nodes: Number of make-believe nodes that the ranks are cut into, in rank order. On GPUs, several nodes get a
+            make-believe network too (`deep_ep_core.loopback`), unless the user's environment chooses one.
         num_threads: Value of OMP_NUM_THREADS in a rank, unless the user's environment sets it.
         device: `cuda` gives rank r the GPU r % num_gpus, which its script finds as `LOCAL_RANK % device_count`. `cpu`
             sets nothing about GPUs; the script may use them by itself.

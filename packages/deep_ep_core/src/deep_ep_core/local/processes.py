@@ -21,14 +21,17 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from deep_ep_core.errors import CompileError, ConfigError
 from deep_ep_core.local.config import LOOPBACK_ADDRESS, LaunchConfig, rank_environment
 from deep_ep_core.local.gpus import find_gpus
 from deep_ep_core.local.mps import MPS_VARIABLES, MpsDaemon, open_mps
+from deep_ep_core.loopback import loopback_variables
 
 __all__ = ["RankExit", "RankProcesses", "forward_line"]
 
@@ -263,6 +266,8 @@ class RankProcesses:
                 base.pop(name, None)
         elif self._mps is not None:
             base.update(self._mps.variables)
+        if config.num_nodes > 1:
+            base.update(_network_variables(base))
         return gpus, base
 
     def _start(
@@ -358,6 +363,15 @@ class RankProcesses:
     def _signal(pid: int, number: signal.Signals, send: Callable[[int, int], None]) -> None:
         with contextlib.suppress(ProcessLookupError):
             send(pid, number)
+
+
+def _network_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """What lets make-believe nodes reach each other; without it, work that needs no network still runs."""
+    try:
+        return loopback_variables(environment)
+    except (CompileError, ConfigError) as error:
+        warnings.warn(f"there is no network between the make-believe nodes: {error}", RuntimeWarning, stacklevel=2)
+        return {}
 
 
 def _host_store(listener: socket.socket, port: int) -> object:
