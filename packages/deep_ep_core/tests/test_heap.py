@@ -702,3 +702,13 @@ def test_a_reservation_of_a_capture_stays_with_its_graph():
     order.captures.clear()
     assert heap.try_empty((1,), torch.uint8) is None
     assert heap.stats().graph_bytes == 1024
+
+
+def test_reserve_gives_a_region_or_says_what_there_is():
+    heap = make_heap(1024)
+    kept = heap.reserve(1024)
+    assert kept.offset == 0
+    with pytest.raises(HeapFullError, match=r"a free region of 256 bytes for \[256\] torch.uint8"):
+        heap.reserve(256)
+    del kept
+    assert heap.reserve(1024).offset == 0

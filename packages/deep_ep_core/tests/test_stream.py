@@ -339,6 +339,17 @@ def test_streams_wait_for_each_other_once_at_either_end(fake_cuda):
 def test_on_a_cpu_a_scope_has_no_streams():
     with CommScope(CPU, StreamOptions()) as scope:
         assert (scope.compute_stream, scope.comm_stream) == (None, None)
+        assert (scope.stream_handle, scope.is_crossed) == (0, False)
+
+
+def test_tensors_cross_streams_only_where_an_operation_has_one_of_its_own(fake_cuda):
+    _, device = fake_cuda
+    with CommScope(device, StreamOptions()) as scope:
+        assert scope.is_crossed
+    with CommScope(device, StreamOptions(), may_stay=True) as scope:
+        assert not scope.is_crossed
+    with CommScope(device, StreamOptions(async_with_compute_stream=True), may_stay=True) as scope:
+        assert scope.is_crossed
 
 
 # On a GPU

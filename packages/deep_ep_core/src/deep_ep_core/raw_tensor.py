@@ -84,8 +84,7 @@ def tensor_over(
         content,
         0,
         address,
-        _KINDS[device.type],
-        device.index or 0,
+        *_place_of(device),
         len(shape),
         type_code,
         block_address + _SHAPE_OFFSET,
@@ -96,8 +95,14 @@ def tensor_over(
         *shape,
     )
     _live[block_address] = block, owner, on_release
-    tensor: torch.Tensor = from_dlpack(calls.new_capsule(block_address, _CAPSULE_NAME, None))
+    tensor: torch.Tensor = calls.tensor_of_capsule(calls.new_capsule(block_address, _CAPSULE_NAME, None))
     return tensor
+
+
+@functools.cache
+def _place_of(device: torch.device) -> tuple[int, int]:
+    """Kind and index of a device, as DLPack names them."""
+    return _KINDS[device.type], device.index or 0
 
 
 @functools.cache
@@ -127,6 +132,8 @@ class _Calls:
         self.pointer_of: Any = api.PyCapsule_GetPointer
         self.pointer_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
         self.pointer_of.restype = ctypes.c_void_p
+        # What `from_dlpack` calls after it has found out that it was passed a capsule.
+        self.tensor_of_capsule: Any = getattr(torch._C, "_from_dlpack", None) or from_dlpack
         self.deleter = _Deleter(_delete)
         self.deleter_address: int = ctypes.cast(self.deleter, ctypes.c_void_p).value or 0
 

@@ -235,6 +235,8 @@ class CommScope:
         ConfigError: The communication stream is already current, so there is nothing to overlap with.
     """
 
+    __slots__ = ("_device", "_device_idx_before", "_options", "_stays", "comm_stream", "compute_stream")
+
     def __init__(self, device: torch.device, options: StreamOptions, *, may_stay: bool = False) -> None:
         self._device = device
         self._options = options
@@ -242,6 +244,17 @@ class CommScope:
         self.compute_stream: torch.cuda.Stream | None = None
         self.comm_stream: torch.cuda.Stream | None = None
         self._device_idx_before = 0
+
+    @property
+    def stream_handle(self) -> int:
+        """Handle of `comm_stream`, in the block; 0 on a CPU."""
+        stream = self.comm_stream
+        return 0 if stream is None else stream.cuda_stream
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether tensors cross two streams in this block. Where they do not, `finish` needs none."""
+        return self.compute_stream is not self.comm_stream
 
     def __enter__(self) -> CommScope:
         if self._device.type != "cuda":

@@ -10,7 +10,10 @@ from deep_ep_core.transport import AgreedField
 from deep_ep_ep.checks import CombineArgs, DispatchArgs
 from deep_ep_ep.handle import EPHandle
 
-__all__ = ["agreed_by_combine", "agreed_by_dispatch"]
+__all__ = ["HANDLE_NAME", "agreed_by_combine", "agreed_by_dispatch"]
+
+HANDLE_NAME = "handle"
+"""Name of the field that calls of one kind may differ in."""
 
 
 def agreed_by_dispatch(args: DispatchArgs) -> list[AgreedField]:
@@ -62,7 +65,7 @@ def _of_layout(do_expand: bool) -> AgreedField:
 
 
 def _of_handle(handle: EPHandle | None) -> AgreedField:
-    return AgreedField(name="handle", value=0 if handle is None else handle.dispatch_idx, show=_show_handle)
+    return AgreedField(name=HANDLE_NAME, value=0 if handle is None else handle.dispatch_idx, show=_show_handle)
 
 
 def _show_handle(value: int) -> str:

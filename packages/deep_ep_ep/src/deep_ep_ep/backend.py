@@ -14,7 +14,7 @@ from deep_ep_ep.handle import EPHandle, Plan
 __all__ = ["Backend", "CombineResult", "DispatchResult"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class DispatchResult:
     """What a dispatch gives; the fields are described at `ElasticBuffer.dispatch`."""
 
@@ -25,7 +25,7 @@ class DispatchResult:
     handle: EPHandle
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class CombineResult:
     """What a combine gives; the fields are described at `ElasticBuffer.combine`."""
 

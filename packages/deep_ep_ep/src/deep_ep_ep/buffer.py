@@ -21,11 +21,21 @@ from deep_ep_core.links import rdma_gbs as detect_rdma_gbs
 from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, comm_stream
 from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport
-from deep_ep_ep.backend import Backend
-from deep_ep_ep.checks import BufferFacts, check_combine, check_dispatch, check_streams, rejected
+from deep_ep_ep.backend import Backend, CombineResult, DispatchResult
+from deep_ep_ep.checks import (
+    BufferFacts,
+    CallKind,
+    CombineArgs,
+    DispatchArgs,
+    check_combine,
+    check_dispatch,
+    check_streams,
+    rejected,
+)
 from deep_ep_ep.choice import BackendName, DeviceOpener, RecvMemory, agreed_by_choice, check_choice
 from deep_ep_ep.collective import OPERATIONS, CollectiveBackend
 from deep_ep_ep.handle import EPHandle
+from deep_ep_ep.kinds import Kinds, combine_key, dispatch_key
 from deep_ep_ep.sizing import (
     BUFFER_ALIGNMENT_BYTES,
     RECORD_ALIGNMENT_BYTES,
@@ -242,8 +252,9 @@ class ElasticBuffer:
         self.id = self._facts.buffer_id
         _live_buffers[self.id] = self
         self._num_sms_of: dict[tuple[int, int], int] = {}
-        # Kinds of calls that were seen to fit in the buffer.
-        self._fitting_calls: set[tuple[str, int, int, int, int]] = set()
+        # Kinds of calls that passed the checks, that of their size included.
+        self._dispatch_kinds: Kinds[CallKind] = Kinds()
+        self._combine_kinds: Kinds[CallKind] = Kinds()
         collective = CollectiveBackend(transport, self._topology, self._facts)
         self.runtime: Backend | None = opener.open_backend(collective, self._facts, num_bytes=num_bytes)
         self.nccl_comm_handle = opener.nccl_comm_handle
@@ -453,7 +464,7 @@ class ElasticBuffer:
         if found is not None:
             return found
         num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
-        return torch.empty(num_rows, hidden, dtype=dtype, device=handle.topk_idx.device)
+        return torch.empty(num_rows, hidden, dtype=dtype, device=handle.device)
 
     def destroy(self) -> None:
         """Release the buffer; a second call does nothing. Collective: no.
@@ -475,6 +486,8 @@ class ElasticBuffer:
         if self.runtime is not None:
             self.runtime.close()
             self.runtime = None
+            # They hold what the backend made ready.
+            self._dispatch_kinds, self._combine_kinds = Kinds(), Kinds()
             self.nccl_comm_handle = None
 
     def __enter__(self) -> ElasticBuffer:
@@ -499,7 +512,6 @@ class ElasticBuffer:
 
     # Dispatch and combine
 
-    @torch.no_grad()
     def dispatch(
         self,
         x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -578,26 +590,50 @@ class ElasticBuffer:
         for the host's time. The collective backend waits for row counts on the host in every mode.
         """
         runtime = self._open_runtime()
-        with self._rejections_reported("dispatch"):
-            args = check_dispatch(
+        # What `torch.no_grad` does, in less of the host's time.
+        records_gradients = torch.is_grad_enabled()
+        if records_gradients:
+            torch.set_grad_enabled(False)
+        try:
+            key = dispatch_key(
                 self._facts,
-                x=x,
-                topk_idx=topk_idx,
-                topk_weights=topk_weights,
-                cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
-                num_experts=num_experts,
-                num_max_tokens_per_rank=num_max_tokens_per_rank,
-                expert_alignment=expert_alignment,
-                num_sms=num_sms,
-                num_qps=num_qps,
-                handle=handle,
-                do_handle_copy=do_handle_copy,
-                do_cpu_sync=do_cpu_sync,
-                do_expand=do_expand,
-                do_zero_padding=do_zero_padding,
-                use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
-                default_num_sms=self._default_num_sms,
+                x,
+                topk_idx,
+                topk_weights,
+                cumulative_local_expert_recv_stats,
+                handle,
+                (num_max_tokens_per_rank, num_experts, expert_alignment, num_sms, num_qps),
+                (do_handle_copy, do_cpu_sync, do_expand, do_zero_padding, use_tma_aligned_col_major_sf),
             )
+            kind = self._dispatch_kinds.find(key)
+            if kind is None:
+                args = check_dispatch(
+                    self._facts,
+                    x=x,
+                    topk_idx=topk_idx,
+                    topk_weights=topk_weights,
+                    cumulative_local_expert_recv_stats=cumulative_local_expert_recv_stats,
+                    num_experts=num_experts,
+                    num_max_tokens_per_rank=num_max_tokens_per_rank,
+                    expert_alignment=expert_alignment,
+                    num_sms=num_sms,
+                    num_qps=num_qps,
+                    handle=handle,
+                    do_handle_copy=do_handle_copy,
+                    do_cpu_sync=do_cpu_sync,
+                    do_expand=do_expand,
+                    do_zero_padding=do_zero_padding,
+                    use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
+                    default_num_sms=self._default_num_sms,
+                )
+            else:
+                rows, sf = x if isinstance(x, tuple) else (x, None)
+                if handle is not None:
+                    topk_idx = handle.topk_idx
+                assert topk_idx is not None, "a call without topk_idx and without a handle is of no kind"
+                args = DispatchArgs(
+                    rows, sf, topk_idx, topk_weights, cumulative_local_expert_recv_stats, handle, kind, *kind.settings
+                )
             streams = check_streams(
                 self._facts,
                 previous_event=previous_event,
@@ -605,31 +641,22 @@ class ElasticBuffer:
                 async_with_compute_stream=async_with_compute_stream,
                 allocate_on_comm_stream=allocate_on_comm_stream,
             )
-            num_sf_packs = 0 if args.sf is None else args.sf.size(1)
-            self._check_size("dispatch", args.num_max_tokens_per_rank, args.x, args.num_topk, num_sf_packs)
+            if kind is None:
+                num_sf_packs = 0 if args.sf is None else args.sf.size(1)
+                self._check_size("dispatch", args.num_max_tokens_per_rank, args.x, args.num_topk, num_sf_packs)
+                self._dispatch_kinds.add(key, args.kind)
             with CommScope(args.x.device, streams, may_stay=runtime.may_stay) as scope:
                 result = runtime.dispatch(args, scope)
-                event = scope.finish(
-                    inputs=[
-                        args.x,
-                        args.sf,
-                        args.topk_idx,
-                        args.topk_weights,
-                        args.recv_stats,
-                        *(() if args.handle is None else args.handle.tensors()),
-                    ],
-                    outputs=[
-                        result.recv_x,
-                        result.recv_sf,
-                        result.recv_topk_idx,
-                        result.recv_topk_weights,
-                        *result.handle.tensors(),
-                    ],
-                )
+                event = _finish_dispatch(scope, args, result) if scope.is_crossed else scope.finish()
+        except ConfigError as error:
+            self._report_rejection("dispatch", error)
+            raise
+        finally:
+            if records_gradients:
+                torch.set_grad_enabled(True)
         recv_x = result.recv_x if result.recv_sf is None else (result.recv_x, result.recv_sf)
         return recv_x, result.recv_topk_idx, result.recv_topk_weights, result.handle, event
 
-    @torch.no_grad()
     def combine(
         self,
         x: torch.Tensor,
@@ -677,16 +704,26 @@ class ElasticBuffer:
         Collective: yes. Stream: as `dispatch`.
         """
         runtime = self._open_runtime()
-        with self._rejections_reported("combine"):
-            args = check_combine(
-                self._facts,
-                x=x,
-                handle=handle,
-                topk_weights=topk_weights,
-                bias=bias,
-                num_sms=num_sms,
-                num_qps=num_qps,
-            )
+        # What `torch.no_grad` does, in less of the host's time.
+        records_gradients = torch.is_grad_enabled()
+        if records_gradients:
+            torch.set_grad_enabled(False)
+        try:
+            key = combine_key(x, handle, topk_weights, bias, (num_sms, num_qps))
+            kind = self._combine_kinds.find(key)
+            if kind is None:
+                args = check_combine(
+                    self._facts,
+                    x=x,
+                    handle=handle,
+                    topk_weights=topk_weights,
+                    bias=bias,
+                    num_sms=num_sms,
+                    num_qps=num_qps,
+                )
+            else:
+                biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+                args = CombineArgs(x, handle, topk_weights, biases, kind, *kind.settings)
             streams = check_streams(
                 self._facts,
                 previous_event=previous_event,
@@ -694,18 +731,24 @@ class ElasticBuffer:
                 async_with_compute_stream=async_with_compute_stream,
                 allocate_on_comm_stream=allocate_on_comm_stream,
             )
-            self._check_size("combine", handle.num_max_tokens_per_rank, args.x, handle.num_topk, 0)
+            if kind is None:
+                self._check_size("combine", handle.num_max_tokens_per_rank, args.x, handle.num_topk, 0)
+                self._combine_kinds.add(key, args.kind)
             with CommScope(args.x.device, streams, may_stay=runtime.may_stay) as scope:
                 result = runtime.combine(args, scope)
-                event = scope.finish(
-                    inputs=[args.x, args.topk_weights, *args.biases, *args.handle.tensors()],
-                    outputs=[result.combined_x, result.combined_topk_weights],
-                )
+                event = _finish_combine(scope, args, result) if scope.is_crossed else scope.finish()
+        except ConfigError as error:
+            self._report_rejection("combine", error)
+            raise
+        finally:
+            if records_gradients:
+                torch.set_grad_enabled(True)
         return result.combined_x, result.combined_topk_weights, event
 
-    def _rejections_reported(self, operation: str) -> _RejectionReport:
+    def _report_rejection(self, operation: str, error: ConfigError) -> None:
         """Let the peers know why this rank does not come, when it refuses its own arguments."""
-        return _RejectionReport(self, operation)
+        if self.runtime is not None and not isinstance(error, RankMismatchError):
+            self.runtime.report_rejection(operation, str(error))
 
     def _default_num_sms(self, num_experts: int, num_topk: int) -> int:
         key = (num_experts, num_topk)
@@ -738,9 +781,6 @@ class ElasticBuffer:
         self, operation: str, num_max_tokens_per_rank: int, x: torch.Tensor, num_topk: int, num_sf_packs: int
     ) -> None:
         row_bytes = x.size(1) * x.element_size()
-        key = operation, num_max_tokens_per_rank, row_bytes, num_topk, num_sf_packs
-        if key in self._fitting_calls:
-            return
         shape = self._shape(num_max_tokens_per_rank, row_bytes, num_topk, num_sf_packs)
         required_bytes = dispatch_buffer_bytes(shape) if operation == "dispatch" else combine_buffer_bytes(shape)
         if required_bytes > self.num_bytes:
@@ -751,27 +791,33 @@ class ElasticBuffer:
                 "make the buffer with the larger num_max_tokens_per_rank and hidden, or with "
                 "num_bytes=ElasticBuffer.get_buffer_size_hint(...)",
             )
-        self._fitting_calls.add(key)
 
 
-class _RejectionReport:
-    """The block in which a call checks its arguments and runs. A class: a generator would take the host longer."""
+def _finish_dispatch(scope: CommScope, args: DispatchArgs, result: DispatchResult) -> EventOverlap:
+    return scope.finish(
+        inputs=[
+            args.x,
+            args.sf,
+            args.topk_idx,
+            args.topk_weights,
+            args.recv_stats,
+            *(() if args.handle is None else args.handle.tensors()),
+        ],
+        outputs=[
+            result.recv_x,
+            result.recv_sf,
+            result.recv_topk_idx,
+            result.recv_topk_weights,
+            *result.handle.tensors(),
+        ],
+    )
 
-    __slots__ = ("_buffer", "_operation")
 
-    def __init__(self, buffer: ElasticBuffer, operation: str) -> None:
-        self._buffer = buffer
-        self._operation = operation
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        runtime = self._buffer.runtime
-        if runtime is not None and isinstance(exc, ConfigError) and not isinstance(exc, RankMismatchError):
-            runtime.report_rejection(self._operation, str(exc))
+def _finish_combine(scope: CommScope, args: CombineArgs, result: CombineResult) -> EventOverlap:
+    return scope.finish(
+        inputs=[args.x, args.topk_weights, *args.biases, *args.handle.tensors()],
+        outputs=[result.combined_x, result.combined_topk_weights],
+    )
 
 
 def _check_constructor(

@@ -6,6 +6,7 @@ Nothing here reads a tensor's values except `check_topk_values`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from deep_ep_ep.sizing import MAX_NUM_TOPK
 
 __all__ = [
     "BufferFacts",
+    "CallKind",
     "CombineArgs",
     "DispatchArgs",
     "check_combine",
@@ -64,21 +66,36 @@ class BufferFacts:
     allow_multiple_reduction: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
+class CallKind:
+    """What calls have in common that differ only in the values and addresses of tensors and in numbers of tokens.
+
+    Attributes:
+        settings: The arguments that are neither tensors nor handles, defaults resolved: the last fields of
+            `DispatchArgs` or `CombineArgs`, in their order. Passed by position, which takes the host the least time.
+        prepared: What the backend has ready for such calls; None until the first one.
+    """
+
+    settings: tuple[Any, ...]
+    prepared: Any = None
+
+
+@dataclass(slots=True, eq=False)
 class DispatchArgs:
-    """The arguments of a dispatch after the checks, defaults resolved."""
+    """The arguments of a dispatch after the checks, defaults resolved. Made at every call, so not frozen."""
 
     x: torch.Tensor
     sf: torch.Tensor | None
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor | None
     recv_stats: torch.Tensor | None
+    handle: EPHandle | None
+    kind: CallKind
     num_experts: int
     num_max_tokens_per_rank: int
     expert_alignment: int
     num_sms: int
     num_qps: int
-    handle: EPHandle | None
     do_handle_copy: bool
     do_cpu_sync: bool
     do_expand: bool
@@ -91,14 +108,15 @@ class DispatchArgs:
         return self.topk_idx.size(1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CombineArgs:
-    """The arguments of a combine after the checks."""
+    """The arguments of a combine after the checks. Made at every call, so not frozen."""
 
     x: torch.Tensor
     handle: EPHandle
     topk_weights: torch.Tensor | None
     biases: tuple[torch.Tensor, ...]
+    kind: CallKind
     num_sms: int
     num_qps: int
 
@@ -157,6 +175,8 @@ def check_streams(
     allocate_on_comm_stream: bool,
 ) -> StreamOptions:
     """Check the stream arguments that dispatch and combine share."""
+    if previous_event is None and previous_event_before_epilogue is None:
+        return _options_without_events(bool(async_with_compute_stream), bool(allocate_on_comm_stream))
     for name, event in (
         ("previous_event", previous_event),
         ("previous_event_before_epilogue", previous_event_before_epilogue),
@@ -177,6 +197,13 @@ def check_streams(
         previous_event_before_epilogue=previous_event_before_epilogue,
         async_with_compute_stream=bool(async_with_compute_stream),
         allocate_on_comm_stream=bool(allocate_on_comm_stream),
+    )
+
+
+@functools.cache
+def _options_without_events(async_with_compute_stream: bool, allocate_on_comm_stream: bool) -> StreamOptions:
+    return StreamOptions(
+        async_with_compute_stream=async_with_compute_stream, allocate_on_comm_stream=allocate_on_comm_stream
     )
 
 
@@ -214,13 +241,15 @@ def _check_handle(facts: BufferFacts, handle: Any) -> EPHandle:
             "a handle of another buffer",
             "use the buffer that made it, or dispatch again",
         )
+    if handle.made("recv_src_metadata") is None:
+        return handle
     metadata, shape = handle.recv_src_metadata, [handle.num_recv_tokens, handle.num_topk + 2]
     is_right = (
         isinstance(metadata, torch.Tensor)
         and list(metadata.shape) == shape
         and metadata.dtype == torch.int32
         and metadata.is_contiguous()
-        and metadata.device == handle.topk_idx.device
+        and metadata.device == handle.device
     )
     if not is_right:
         got = _shown(metadata) if isinstance(metadata, torch.Tensor) else type(metadata).__name__
@@ -369,24 +398,20 @@ def check_dispatch(
     num_sms, num_qps = _check_resources(facts, num_sms, num_qps)
     if num_sms == 0:
         num_sms = handle.num_sms if handle is not None else default_num_sms(num_experts, num_topk)
-    return DispatchArgs(
-        x=x,
-        sf=sf,
-        topk_idx=topk_idx,
-        topk_weights=topk_weights,
-        recv_stats=cumulative_local_expert_recv_stats,
-        num_experts=num_experts,
-        num_max_tokens_per_rank=max_tokens,
-        expert_alignment=expert_alignment,
-        num_sms=num_sms,
-        num_qps=num_qps,
-        handle=handle,
-        do_handle_copy=bool(do_handle_copy),
-        do_cpu_sync=True if do_cpu_sync is None else bool(do_cpu_sync),
-        do_expand=bool(do_expand),
-        do_zero_padding=bool(do_zero_padding),
-        use_tma_aligned_col_major_sf=bool(use_tma_aligned_col_major_sf),
+    settings = (
+        num_experts,
+        max_tokens,
+        expert_alignment,
+        num_sms,
+        num_qps,
+        bool(do_handle_copy),
+        True if do_cpu_sync is None else bool(do_cpu_sync),
+        bool(do_expand),
+        bool(do_zero_padding),
+        bool(use_tma_aligned_col_major_sf),
     )
+    kind = CallKind(settings=settings)
+    return DispatchArgs(x, sf, topk_idx, topk_weights, cumulative_local_expert_recv_stats, handle, kind, *kind.settings)
 
 
 def _check_sf(facts: BufferFacts, x: torch.Tensor, sf: Any) -> None:
@@ -454,8 +479,8 @@ def check_combine(
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMBINE_DTYPES)
         got = str(x.dtype).removeprefix("torch.")
         raise rejected(rank, f"combine needs x of one of {names}", got, "cast the expert outputs")
-    if x.device != handle.topk_idx.device:
-        raise rejected(rank, f"x must be on the handle's device {handle.topk_idx.device}", x.device, "move it")
+    if x.device != handle.device:
+        raise rejected(rank, f"x must be on the handle's device {handle.device}", x.device, "move it")
     num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
     layout = "expert-major" if handle.do_expand else "token-major"
     if x.size(0) != num_rows:
@@ -504,11 +529,5 @@ def check_combine(
             device=x.device,
         )
     num_sms, num_qps = _check_resources(facts, num_sms, num_qps)
-    return CombineArgs(
-        x=x,
-        handle=handle,
-        topk_weights=topk_weights,
-        biases=biases,
-        num_sms=num_sms or handle.num_sms,
-        num_qps=num_qps,
-    )
+    kind = CallKind(settings=(num_sms or handle.num_sms, num_qps))
+    return CombineArgs(x, handle, topk_weights, biases, kind, *kind.settings)

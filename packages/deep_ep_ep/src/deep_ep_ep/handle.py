@@ -121,6 +121,8 @@ class RoutingPlan:
 
 _DEFERRABLE = frozenset(
     (
+        "topk_idx",
+        "recv_src_metadata",
         "psum_num_recv_tokens_per_scaleup_rank",
         "psum_num_recv_tokens_per_expert",
         "num_unaligned_recv_tokens_per_expert",
@@ -185,21 +187,23 @@ class EPHandle:
     dispatch_idx: int = field(repr=False)
     # Where attributes come from that were not set yet; None if all were.
     deferred: DeferredTensors | None = field(default=None, repr=False)
+    # T, K, and what else is asked of `topk_idx` at every call: known although the tensor may not have been made yet.
+    num_tokens: int = field(init=False, repr=False)
+    num_topk: int = field(init=False, repr=False)
+    topk_idx_dtype: torch.dtype = field(init=False, repr=False)
+    device: torch.device = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens, self.num_topk = self.topk_idx.shape
+        self.topk_idx_dtype, self.device = self.topk_idx.dtype, self.topk_idx.device
 
     @classmethod
-    def with_deferred(cls, deferred: DeferredTensors, **known: object) -> EPHandle:
-        """A handle whose missing attributes are made when they are first asked for.
-
-        Args:
-            deferred: Makes them.
-            known: The others, without those that are None in every handle.
-        """
+    def with_deferred(cls, deferred: DeferredTensors) -> EPHandle:
+        """A handle whose tensors are made when they are first asked for. The caller sets all that is no tensor."""
         handle = cls.__new__(cls)
         handle.deferred = deferred
         handle.token_metadata_at_forward = handle.channel_linked_list = None
         handle.cached_recv_src_metadata_before_sort = None
-        for name, value in known.items():
-            setattr(handle, name, value)
         return handle
 
     def __getattr__(self, name: str) -> torch.Tensor:
@@ -212,24 +216,20 @@ class EPHandle:
         setattr(self, name, tensor)
         return tensor
 
-    def address_of(self, name: str) -> int:
-        """Where a tensor of the handle begins; does not make it."""
+    def made(self, name: str) -> torch.Tensor | None:
+        """The tensor of that name; None while it is deferred, and then it is as the dispatch wrote it."""
         try:
             tensor: torch.Tensor = object.__getattribute__(self, name)
         except AttributeError:
-            assert self.deferred is not None, "an attribute that is not set is deferred"
+            return None
+        return tensor
+
+    def address_of(self, name: str) -> int:
+        """Where the dispatch wrote a tensor of the handle; does not make it."""
+        if self.deferred is not None:
             return self.deferred.address_of(name)
+        tensor: torch.Tensor = getattr(self, name)
         return tensor.data_ptr()
-
-    @property
-    def num_tokens(self) -> int:
-        """T: this rank's tokens in the dispatch."""
-        return self.topk_idx.size(0)
-
-    @property
-    def num_topk(self) -> int:
-        """K: entries of a token's routing."""
-        return self.topk_idx.size(1)
 
     @property
     def was_cpu_synced(self) -> bool:
@@ -239,8 +239,9 @@ class EPHandle:
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the handle owns or shares, for stream and lifetime bookkeeping."""
         if self.deferred is not None:
-            # What is deferred lies in the plan's memory.
-            return [self.topk_idx, self.recv_src_metadata, *self.plan.tensors()]
+            # The plan's are all that the dispatch wrote; a permutation of the metadata may have come since.
+            metadata = self.made("recv_src_metadata")
+            return [*self.plan.tensors(), *(() if metadata is None else (metadata,))]
         return [
             self.topk_idx,
             self.psum_num_recv_tokens_per_scaleup_rank,

@@ -134,6 +134,8 @@ class DeviceBackend:
         Across the border of a capture no stream can wait for another; torch waits for the device before it begins one.
         """
         stream, last = scope.comm_stream, self._last_stream
+        if stream is last and stream is not None:
+            return
         assert stream is not None, "tensors are on a CUDA device"
         if last is None or stream == last:
             self._last_stream = stream
@@ -144,12 +146,9 @@ class DeviceBackend:
 
     def _record(self, tensor: torch.Tensor, scope: CommScope) -> None:
         """Torch records no stream for memory of the heap."""
-        if (
-            scope.compute_stream is not None
-            and scope.compute_stream != scope.comm_stream
-            and self._context.memory.offset_of(tensor) is not None
-        ):
-            self._context.memory.heap.record_stream(tensor, scope.compute_stream)
+        stream = scope.compute_stream
+        if scope.is_crossed and stream is not None and self._context.memory.offset_of(tensor) is not None:
+            self._context.memory.heap.record_stream(tensor, stream)
 
 
 def open_context(

@@ -100,6 +100,7 @@ class DeviceContext:
         wait: Deadlines, for kernel parameters.
         state_address: The rank's `RankState`.
         stage_offset: Offset of the stage in the window; None in a buffer that has none.
+        host_counts_address: Where kernels tell the host counts, behind a stamp.
         fields: What the operation that runs must agree on, to name what does not.
 
     Raises:
@@ -164,7 +165,8 @@ class DeviceContext:
         )
         # A stamp, then what it stands for. Of the experts of one rank there are never more than of all.
         self.host_counts = torch.zeros(2 + MAX_NUM_EXPERTS, dtype=torch.int32, pin_memory=True)
-        self._host_stamp = ctypes.c_int32.from_address(self.host_counts.data_ptr())
+        self.host_counts_address: int = self.host_counts.data_ptr()
+        self._host_words = (ctypes.c_int32 * self.host_counts.numel()).from_address(self.host_counts.data_ptr())
         self.fields: tuple[AgreedField, ...] = ()
         self._launches: dict[object, PreparedLaunch] = {}
         # What other streams used last is done: kernels of the communication stream may begin.
@@ -204,20 +206,24 @@ class DeviceContext:
             RankMismatchError, ConfigError, CommTimeoutError: As `check`: the kernel has given up.
             TransportError: The stream ended without the counts.
         """
-        num_polls = 0
-        while self._host_stamp.value != stamp:
+        words, num_polls = self._host_words, 0
+        while words[0] != stamp:
             self.check()
             num_polls += 1
             # A CUDA call now and then tells of a kernel that died.
             if num_polls % _POLLS_PER_QUERY == 0 and torch.cuda.current_stream(self.device).query():
                 self.check()
-                if self._host_stamp.value != stamp:
+                if words[0] != stamp:
                     raise TransportError(
                         f"the kernel that counts rows must tell the counts (got none, on rank {self.rank}); an earlier "
                         "CUDA error in this process is the usual cause"
                     )
             # Lets other threads have the interpreter.
             time.sleep(0)
+
+    def read_counts(self, num_counts: int) -> list[int]:
+        """What stands behind the stamp in `host_counts`."""
+        return self._host_words[1 : 1 + num_counts]
 
     def close(self) -> None:
         """Let go of the window; a second call does nothing. Collective: no."""

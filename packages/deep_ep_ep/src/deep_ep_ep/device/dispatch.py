@@ -1,4 +1,7 @@
-"""Owns dispatch on the device backend: memory for the results, the kernel's parameters, and the handle."""
+"""Owns dispatch on the device backend: memory for the results, the kernel's parameters, and the handle.
+
+What calls of one kind share is made ready at the first of them, see `dispatch_call`.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from deep_ep_core.align import align_up
-from deep_ep_core.cuda_streams import current_stream
-from deep_ep_core.jit import KernelSpec, LaunchShape
+from deep_ep_core.heap import Reservation
 from deep_ep_core.stream import CommScope
-from deep_ep_ep.agreed import agreed_by_dispatch
 from deep_ep_ep.backend import DispatchResult
 from deep_ep_ep.checks import BufferFacts, DispatchArgs
 from deep_ep_ep.device.context import DeviceContext
-from deep_ep_ep.device.dispatch_kernel import (
-    DispatchConfig,
-    DispatchParams,
-    dispatch_launch_shape,
-    dispatch_spec,
-    row_stages,
-    side_bytes,
-)
-from deep_ep_ep.device.opening import BY_EXPERT, OperationKind, agreed_fields, set_agreed
-from deep_ep_ep.device.plan import DevicePlan, RoutingMemory, version_of
+from deep_ep_ep.device.dispatch_call import ALL_PARTS, PLACE, PLAN, PLAN_AND_PLACE, RECEIVE, DispatchCall, KernelParts
+from deep_ep_ep.device.opening import BY_EXPERT, OperationKind
+from deep_ep_ep.device.plan import DevicePlan, RoutingMemory, routing_layout, version_of
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.quant import new_tma_aligned_col_major
-from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 
 __all__ = ["Dispatcher"]
 
@@ -37,29 +30,13 @@ _ALIGNMENT = 256
 _MAX_STAMP = 2**31 - 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Routing:
-    """What the plan of a new routing is written to."""
-
-    memory: RoutingMemory
-    topk_idx: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, eq=False)
 class _Sizes:
     """Rows of the results."""
 
     num_recv: int
     num_expanded: int
     expert_counts: list[int]
-
-
-def _sizes_of(handle: EPHandle) -> _Sizes:
-    return _Sizes(
-        num_recv=handle.num_recv_tokens,
-        num_expanded=handle.num_expanded_tokens,
-        expert_counts=handle.num_recv_tokens_per_expert_list,
-    )
 
 
 class Dispatcher:
@@ -74,104 +51,88 @@ class Dispatcher:
         self._context = context
         self._facts = facts
         self._num_dispatches = 0
-        params = DispatchParams.__new__(DispatchParams)
-        params.team, params.wait = context.team, context.wait
-        params.state = context.state_address
-        params.opening_offset = context.opening_offset
-        params.counts_offset = context.counts_offset
-        params.arrivals_offset = context.arrivals_offset
-        params.counts_capacity = context.counts_capacity
-        params.fans_out_at_sender = context.shares_gpu
-        self._params = params
+        self._host_stamp = 0
 
     def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
         """Send each token to the ranks of its experts, and lay out what arrives."""
-        context, params, handle = self._context, self._params, args.handle
-        agreed = agreed_by_dispatch(args)
-        self._set_arguments(args)
-        params.host_counts = None
+        call = args.kind.prepared
+        if call is None:
+            call = args.kind.prepared = DispatchCall(self._context, args)
+        assert isinstance(call, DispatchCall), "a kind is of one operation"
+        self._set_arguments(call, args)
+        handle = args.handle
         if handle is not None:
-            context.begin(agreed_fields(OperationKind.PLACE, agreed))
-            self._set_plan(handle)
-            return self._place(args, None, _sizes_of(handle), scope, has_plan=False)
-        routing = _Routing(memory=self._new_routing(args), topk_idx=self._new_topk_idx(args))
+            self._begin(call, OperationKind.PLACE, handle.dispatch_idx)
+            self._set_plan(call, handle)
+            sizes = _Sizes(handle.num_recv_tokens, handle.num_expanded_tokens, handle.num_recv_tokens_per_expert_list)
+            return self._place(call, args, None, sizes, scope, PLACE)
         if not args.do_cpu_sync:
-            context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
-            return self._place(args, routing, self._worst_case(args), scope, has_plan=True)
+            memory = self._new_routing(call, args, num_metadata_rows=call.num_slots)
+            self._begin(call, OperationKind.DISPATCH)
+            return self._place(call, args, memory, _Sizes(call.num_slots, call.max_expanded, []), scope, ALL_PARTS)
+        # Memory for the worst case would live as long as the handle, so metadata of known size have their own.
+        memory = self._new_routing(call, args, num_metadata_rows=0)
         if not args.do_expand:
-            context.begin(agreed_fields(OperationKind.DISPATCH, agreed))
-            return self._place_then_read(args, routing, scope)
+            self._begin(call, OperationKind.DISPATCH)
+            return self._place_then_read(call, args, memory, scope)
         # The worst case by expert is far larger than what comes, so rows do not move before the host knows how many.
-        context.begin(agreed_fields(OperationKind.PLAN, agreed))
-        params.opening.told[:] = (0, 0)
-        self._launch(args, has_plan=True, asks_host=True)
-        sizes = self._read_counts(args)
-        context.begin(agreed_fields(OperationKind.PLACE, agreed))
-        return self._place(args, routing, sizes, scope, has_plan=False)
+        self._begin(call, OperationKind.PLAN)
+        call.told[0] = call.told[1] = 0
+        self._launch(call, PLAN, scope, asks_host=True)
+        sizes = self._read_counts(call)
+        self._begin(call, OperationKind.PLACE)
+        return self._place(call, args, memory, sizes, scope, PLACE)
 
-    def _set_arguments(self, args: DispatchArgs) -> None:
-        params, sf = self._params, args.sf
+    def _begin(self, call: DispatchCall, kind: OperationKind, dispatch_idx: int = 0) -> None:
+        self._context.begin(call.agreed.begin(kind, dispatch_idx))
+
+    def _set_arguments(self, call: DispatchCall, args: DispatchArgs) -> None:
+        params, num_tokens = call.params, args.x.shape[0]
+        params.num_tokens = num_tokens
         params.x, params.topk_idx = args.x.data_ptr(), args.topk_idx.data_ptr()
-        params.sf = None if sf is None else sf.data_ptr()
-        params.sf_token_stride, params.sf_pack_stride = (0, 0) if sf is None else sf.stride()
-        params.topk_weights = None if args.topk_weights is None else args.topk_weights.data_ptr()
-        params.num_tokens, params.num_topk = args.topk_idx.shape
-        params.num_experts, params.num_max_tokens = args.num_experts, args.num_max_tokens_per_rank
-        params.expert_alignment = args.expert_alignment
-        params.row_bytes = args.x.size(1) * args.x.element_size()
-        params.num_sf_packs = 0 if sf is None else sf.size(1)
-        params.do_expand, params.do_zero_padding = args.do_expand, args.do_zero_padding
-        params.side_bytes = side_bytes(
-            num_topk=params.num_topk,
-            num_sf_packs=params.num_sf_packs,
-            has_weights=args.topk_weights is not None,
-            do_expand=args.do_expand,
-        )
-        # A tensor without elements has no address, and null means that there is none.
-        if params.num_tokens == 0 and args.topk_weights is not None:
-            params.topk_weights = self._context.state_address
+        if args.sf is not None:
+            params.sf = args.sf.data_ptr()
+            params.sf_token_stride, params.sf_pack_stride = args.sf.stride()
+        if args.topk_weights is not None:
+            # A tensor without elements has no address, and null means that there is none.
+            params.topk_weights = args.topk_weights.data_ptr() if num_tokens else self._context.state_address
+        if args.recv_stats is not None:
+            params.recv_stats = args.recv_stats.data_ptr()
 
     # The plan
 
-    def _new_routing(self, args: DispatchArgs) -> RoutingMemory:
+    def _new_routing(self, call: DispatchCall, args: DispatchArgs, *, num_metadata_rows: int) -> RoutingMemory:
         """Memory for the plan and the handle, which the kernel is told of."""
-        context, params = self._context, self._params
-        num_tokens, num_topk = params.num_tokens, params.num_topk
-        num_columns = context.num_ranks + args.num_experts
-        routing = RoutingMemory(
-            context.device,
-            num_ranks=context.num_ranks,
-            num_local_experts=args.num_experts // context.num_ranks,
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            do_expand=args.do_expand,
-            num_scratch=args.num_sms * num_columns if num_tokens > _TILE_TOKENS else 0,
+        params, num_tokens = call.params, args.x.shape[0]
+        layout = routing_layout(
+            self._context.num_ranks,
+            call.num_local_experts,
+            num_tokens,
+            call.num_topk,
+            num_metadata_rows,
+            args.num_sms * call.num_columns if num_tokens > _TILE_TOKENS else 0,
+            call.idx_dtype if args.do_handle_copy else None,
+            args.do_expand,
         )
-        address_of = routing.address_of
-        params.block_counts = address_of("scratch")
-        params.row_of_entry = address_of("row_of_entry")
-        params.expert_row_of_entry = address_of("expert_row_of_entry")
-        params.num_send_rows = address_of("num_send_rows")
-        params.recv_row_ends = address_of("psum_num_recv_tokens_per_scaleup_rank")
-        params.expert_ends = address_of("psum_num_recv_tokens_per_expert")
-        params.num_expert_rows = address_of("num_unaligned_recv_tokens_per_expert")
-        params.dst_slot = address_of("dst_buffer_slot_idx")
-        params.recv_stats = None if args.recv_stats is None else args.recv_stats.data_ptr()
-        return routing
+        memory = RoutingMemory(layout, call.new_ints(layout.num_words))
+        address, offsets = memory.address, layout.offsets
+        params.block_counts = address + offsets["scratch"]
+        params.row_of_entry = address + offsets["row_of_entry"]
+        params.expert_row_of_entry = address + offsets["expert_row_of_entry"]
+        params.num_send_rows = address + offsets["num_send_rows"]
+        params.recv_row_ends = address + offsets["psum_num_recv_tokens_per_scaleup_rank"]
+        params.expert_ends = address + offsets["psum_num_recv_tokens_per_expert"]
+        params.num_expert_rows = address + offsets["num_unaligned_recv_tokens_per_expert"]
+        params.dst_slot = address + offsets["dst_buffer_slot_idx"]
+        if args.do_handle_copy:
+            params.topk_idx_copy = address + offsets["topk_idx"]
+        else:
+            memory.separate["topk_idx"] = args.topk_idx
+        return memory
 
-    def _new_topk_idx(self, args: DispatchArgs) -> torch.Tensor:
-        """What the handle keeps of `topk_idx`: a copy that the kernel makes, or the caller's tensor."""
-        if not args.do_handle_copy:
-            self._params.topk_idx_copy = None
-            return args.topk_idx
-        copy = torch.empty_like(args.topk_idx)
-        self._params.topk_idx_copy = copy.data_ptr()
-        return copy
-
-    def _set_plan(self, handle: EPHandle) -> None:
-        params, plan = self._params, handle.plan
+    def _set_plan(self, call: DispatchCall, handle: EPHandle) -> None:
+        params, plan = call.params, handle.plan
         assert isinstance(plan, DevicePlan), "handles of other backends do not come here"
-        params.block_counts = params.dst_slot = params.topk_idx_copy = params.recv_stats = None
         params.row_of_entry = plan.ints.address_of("row_of_entry")
         params.expert_row_of_entry = plan.ints.address_of("expert_row_of_entry")
         params.num_send_rows = plan.ints.address_of("num_send_rows")
@@ -179,134 +140,116 @@ class Dispatcher:
         params.expert_ends = handle.address_of("psum_num_recv_tokens_per_expert")
         params.num_expert_rows = handle.address_of("num_unaligned_recv_tokens_per_expert")
 
-    def _read_counts(self, args: DispatchArgs) -> _Sizes:
+    def _read_counts(self, call: DispatchCall) -> _Sizes:
         """Wait on the host until the kernel that was launched last has told the counts; it may still move rows."""
         context = self._context
-        num_local_experts = args.num_experts // context.num_ranks
-        context.wait_for_counts(self._params.host_stamp)
-        num_recv, *expert_counts = context.host_counts[1 : 2 + num_local_experts].tolist()
-        return _Sizes(num_recv=num_recv, num_expanded=sum(expert_counts), expert_counts=expert_counts)
-
-    def _worst_case(self, args: DispatchArgs) -> _Sizes:
-        num_ranks = self._context.num_ranks
-        return _Sizes(
-            num_recv=max_recv_tokens(num_ranks, args.num_max_tokens_per_rank),
-            num_expanded=max_expanded_tokens(
-                num_ranks,
-                args.num_max_tokens_per_rank,
-                args.num_topk,
-                args.num_experts // num_ranks,
-                args.expert_alignment,
-            ),
-            expert_counts=[],
-        )
+        context.wait_for_counts(self._host_stamp)
+        num_recv, *expert_counts = context.read_counts(1 + call.num_local_experts)
+        return _Sizes(num_recv, sum(expert_counts), expert_counts)
 
     # The rows
 
     def _place(
         self,
+        call: DispatchCall,
         args: DispatchArgs,
-        routing: _Routing | None,
+        routing: RoutingMemory | None,
         sizes: _Sizes,
         scope: CommScope,
-        *,
-        has_plan: bool,
+        parts: KernelParts,
     ) -> DispatchResult:
         """Move rows into results whose sizes are known."""
-        context = self._context
-        shape = (sizes.num_expanded if args.do_expand else sizes.num_recv, args.x.size(1))
-        heap = context.memory.heap
-        recv_x = None if context.recv_memory == "torch" else heap.try_empty(shape, args.x.dtype)
-        x_offset = None if recv_x is None else self._offset_of(recv_x)
-        num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
-        kept = self._tell(args, x_offset, num_sides=sizes.num_recv, num_slots=num_slots)
+        num_rows = sizes.num_expanded if args.do_expand else sizes.num_recv
+        memory = self._context.memory
+        recv_x = None if call.stages_all else memory.heap.try_empty((num_rows, call.hidden), call.dtype)
+        x_offset = None if recv_x is None else memory.offset_of(recv_x)
+        kept = self._tell(call, x_offset, num_sides=sizes.num_recv)
         if recv_x is None:
-            recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
-        result = self._new_results(args, routing, sizes, recv_x)
+            recv_x = call.new_x(num_rows, call.hidden)
+        result = self._new_results(call, args, routing, sizes, recv_x)
         # One kernel does the epilogue too, so all of it comes behind that event.
         scope.wait_before_epilogue()
-        self._launch(args, has_plan=has_plan, has_place=True, has_receive=True)
+        self._launch(call, parts, scope)
         del kept
         return result
 
-    def _place_then_read(self, args: DispatchArgs, routing: _Routing, scope: CommScope) -> DispatchResult:
+    def _place_then_read(
+        self, call: DispatchCall, args: DispatchArgs, routing: RoutingMemory, scope: CommScope
+    ) -> DispatchResult:
         """Move rows to where the most that may come have room, and make results when the counts are there."""
-        context, params = self._context, self._params
-        num_slots = max_recv_tokens(context.num_ranks, args.num_max_tokens_per_rank)
-        heap, num_bytes = context.memory.heap, num_slots * params.row_bytes
-        region = None if context.recv_memory == "torch" else heap.try_reserve(num_bytes)
-        x_offset = None if region is None else context.memory.layout.num_bytes + region.offset
-        kept = self._tell(args, x_offset, num_sides=num_slots, num_slots=num_slots)
-        self._launch(args, has_plan=True, has_place=True, asks_host=True)
-        sizes = self._read_counts(args)
-        shape = (sizes.num_recv, args.x.size(1))
+        memory = self._context.memory
+        region = None if call.stages_all else memory.heap.try_reserve(call.num_slots * call.row_bytes)
+        x_offset = None if region is None else memory.layout.num_bytes + region.offset
+        kept = self._tell(call, x_offset, num_sides=call.num_slots)
+        self._launch(call, PLAN_AND_PLACE, scope, asks_host=True)
+        sizes = self._read_counts(call)
         if region is None:
-            recv_x = torch.empty(shape, dtype=args.x.dtype, device=context.device)
+            recv_x = call.new_x(sizes.num_recv, call.hidden)
         else:
-            recv_x = region.take(shape, args.x.dtype)
-        result = self._new_results(args, routing, sizes, recv_x)
+            recv_x = region.take((sizes.num_recv, call.hidden), call.dtype)
+        result = self._new_results(call, args, routing, sizes, recv_x)
         scope.wait_before_epilogue()
-        self._launch(args, has_receive=True)
+        self._launch(call, RECEIVE, scope)
         del kept
         return result
 
-    def _tell(self, args: DispatchArgs, x_offset: int | None, *, num_sides: int, num_slots: int) -> list[torch.Tensor]:
+    def _tell(self, call: DispatchCall, x_offset: int | None, *, num_sides: int) -> list[Reservation]:
         """Decide where peers put rows and side records; the results' own memory is at `x_offset`, if in the window.
 
         Args:
-            args: The call.
+            call: What the call shares with others.
             x_offset: Offset of the results' rows in the window; None stages them.
             num_sides: The most rows that may come to this rank.
-            num_slots: The most rows that may come to any rank.
 
         Returns:
             What must live until the kernels that use it are launched.
         """
-        context, params, kept = self._context, self._params, []
-        params.is_staged = x_offset is None
-        if context.stage_offset is not None:
-            side_offset = context.stage_offset
+        memory, kept = self._context.memory, []
+        is_staged = x_offset is None
+        side_offset = self._context.stage_offset
+        if side_offset is None:
+            sizes = [num_sides * call.side_bytes] + ([num_sides * call.row_bytes] if is_staged else [])
+            kept = [memory.heap.reserve(max(size, 1)) for size in sizes]
+            side_offset = memory.layout.num_bytes + kept[0].offset
             if x_offset is None:
-                x_offset = side_offset + align_up(num_slots * params.side_bytes, _ALIGNMENT)
-        else:
-            sizes = [num_sides * params.side_bytes] + ([num_sides * params.row_bytes] if x_offset is None else [])
-            kept = [context.memory.heap.empty((max(size, 1),), torch.uint8) for size in sizes]
-            side_offset = self._offset_of(kept[0])
-            if x_offset is None:
-                x_offset = self._offset_of(kept[1])
-        by_expert = BY_EXPERT if args.do_expand and not params.is_staged else 0
-        params.opening.told[:] = (x_offset, side_offset | by_expert)
+                x_offset = memory.layout.num_bytes + kept[1].offset
+        elif x_offset is None:
+            x_offset = side_offset + align_up(call.num_slots * call.side_bytes, _ALIGNMENT)
+        call.params.is_staged = is_staged
+        call.told[0] = x_offset
+        call.told[1] = side_offset | BY_EXPERT if call.do_expand and not is_staged else side_offset
         return kept
 
     def _new_results(
-        self, args: DispatchArgs, routing: _Routing | None, sizes: _Sizes, recv_x: torch.Tensor
+        self,
+        call: DispatchCall,
+        args: DispatchArgs,
+        routing: RoutingMemory | None,
+        sizes: _Sizes,
+        recv_x: torch.Tensor,
     ) -> DispatchResult:
         """Memory for the other results, which the kernel is told of."""
-        params, device, num_topk = self._params, self._context.device, args.num_topk
-        num_rows = recv_x.size(0)
-        recv_topk_idx = recv_weights = recv_sf = metadata = None
-        if not args.do_expand:
-            recv_topk_idx = torch.empty(num_rows, num_topk, dtype=args.topk_idx.dtype, device=device)
+        params, num_topk = call.params, call.num_topk
+        num_rows = sizes.num_expanded if call.do_expand else sizes.num_recv
+        recv_topk_idx = recv_weights = recv_sf = None
+        params.recv_x = recv_x.data_ptr()
+        if not call.do_expand:
+            recv_topk_idx = call.new_idx(num_rows, num_topk)
+            params.recv_topk_idx = recv_topk_idx.data_ptr()
         if args.topk_weights is not None:
-            shape = (num_rows,) if args.do_expand else (num_rows, num_topk)
-            recv_weights = torch.empty(shape, dtype=torch.float32, device=device)
+            recv_weights = call.new_weights(num_rows) if call.do_expand else call.new_weights(num_rows, num_topk)
+            params.recv_topk_weights = recv_weights.data_ptr()
         if args.sf is not None:
             if args.use_tma_aligned_col_major_sf:
                 recv_sf = new_tma_aligned_col_major(args.sf, num_rows)
             else:
-                recv_sf = args.sf.new_empty(num_rows, args.sf.size(1))
-        if args.handle is not None:
-            handle = args.handle
-        else:
+                recv_sf = args.sf.new_empty(num_rows, call.num_sf_packs)
+            params.recv_sf = recv_sf.data_ptr()
+            params.recv_sf_row_stride, params.recv_sf_pack_stride = recv_sf.stride()
+        handle = args.handle
+        if handle is None:
             assert routing is not None, "a call without a handle has a new routing"
-            metadata = torch.empty(sizes.num_recv, num_topk + 2, dtype=torch.int32, device=device)
-            handle = self._make_handle(args, routing, sizes, metadata)
-        params.recv_x = recv_x.data_ptr()
-        params.recv_topk_idx = None if recv_topk_idx is None else recv_topk_idx.data_ptr()
-        params.recv_topk_weights = None if recv_weights is None else recv_weights.data_ptr()
-        params.recv_sf = None if recv_sf is None else recv_sf.data_ptr()
-        params.recv_sf_row_stride, params.recv_sf_pack_stride = (0, 0) if recv_sf is None else recv_sf.stride()
-        params.metadata = None if metadata is None else metadata.data_ptr()
+            handle = self._make_handle(call, args, routing, sizes)
         return DispatchResult(
             recv_x=recv_x,
             recv_sf=recv_sf,
@@ -315,60 +258,44 @@ class Dispatcher:
             handle=handle,
         )
 
-    def _offset_of(self, tensor: torch.Tensor) -> int:
-        offset = self._context.memory.offset_of(tensor)
-        assert offset is not None, "the tensor is of the heap"
-        return offset
-
-    def _launch(
-        self,
-        args: DispatchArgs,
-        *,
-        has_plan: bool = False,
-        has_place: bool = False,
-        has_receive: bool = False,
-        asks_host: bool = False,
-    ) -> None:
-        context, params = self._context, self._params
-        is_idx64 = args.topk_idx.dtype == torch.int64
-        num_sms = args.num_sms
-        stages = row_stages(params.row_bytes, plan_columns=context.num_ranks + args.num_experts if has_plan else 0)
+    def _launch(self, call: DispatchCall, parts: KernelParts, scope: CommScope, *, asks_host: bool = False) -> None:
+        params, launch = call.params, call.launch_of(parts)
         params.num_stages, params.piece_bytes, params.stages_offset = (
-            stages.num_stages,
-            stages.piece_bytes,
-            stages.offset,
+            launch.num_stages,
+            launch.piece_bytes,
+            launch.offset,
         )
-
-        def make() -> tuple[KernelSpec, LaunchShape]:
-            config = DispatchConfig(has_plan=has_plan, has_place=has_place, has_receive=has_receive, is_idx64=is_idx64)
-            return dispatch_spec(config), dispatch_launch_shape(num_sms=num_sms, stages=stages)
-
-        launch = context.launch((has_plan, has_place, has_receive, is_idx64, num_sms, stages), make)
-        set_agreed(params.opening, context.fields)
-        params.host_counts = None
         if asks_host:
-            params.host_stamp = params.host_stamp % _MAX_STAMP + 1
-            params.host_counts = context.host_counts.data_ptr()
-        launch(params, current_stream(context.device_idx).cuda_stream)
+            self._host_stamp = params.host_stamp = self._host_stamp % _MAX_STAMP + 1
+            params.host_counts = self._context.host_counts_address
+        else:
+            params.host_counts = None
+        launch.run(params, scope.stream_handle)
 
-    def _make_handle(self, args: DispatchArgs, routing: _Routing, sizes: _Sizes, metadata: torch.Tensor) -> EPHandle:
+    def _make_handle(self, call: DispatchCall, args: DispatchArgs, routing: RoutingMemory, sizes: _Sizes) -> EPHandle:
         self._num_dispatches += 1
-        memory = routing.memory
-        return EPHandle.with_deferred(
-            memory,
-            do_expand=args.do_expand,
-            num_experts=args.num_experts,
-            expert_alignment=args.expert_alignment,
-            num_max_tokens_per_rank=args.num_max_tokens_per_rank,
-            num_sms=args.num_sms,
-            topk_idx=routing.topk_idx,
-            num_recv_tokens=sizes.num_recv,
-            num_expanded_tokens=sizes.num_expanded,
-            num_recv_tokens_per_expert_list=sizes.expert_counts,
-            recv_src_metadata=metadata,
-            plan=DevicePlan(
-                ints=memory, owned=(memory.storage,), metadata=metadata, metadata_version=version_of(metadata)
-            ),
-            buffer_id=self._facts.buffer_id,
-            dispatch_idx=self._num_dispatches,
+        metadata_memory = routing.storage
+        if args.do_cpu_sync:
+            metadata_memory = call.new_ints(sizes.num_recv, call.num_topk + 2)
+            routing.separate["recv_src_metadata"] = metadata_memory
+        metadata_address = call.params.metadata = routing.address_of("recv_src_metadata")
+        handle = EPHandle.with_deferred(routing)
+        handle.do_expand = call.do_expand
+        handle.num_experts = args.num_experts
+        handle.expert_alignment = args.expert_alignment
+        handle.num_max_tokens_per_rank = args.num_max_tokens_per_rank
+        handle.num_sms = args.num_sms
+        handle.num_recv_tokens = sizes.num_recv
+        handle.num_expanded_tokens = sizes.num_expanded
+        handle.num_recv_tokens_per_expert_list = sizes.expert_counts
+        handle.num_tokens, handle.num_topk = args.x.shape[0], call.num_topk
+        handle.topk_idx_dtype, handle.device = call.idx_dtype, call.device
+        handle.plan = DevicePlan(
+            ints=routing,
+            owned=routing.tensors(),
+            metadata_address=metadata_address,
+            metadata_version=version_of(metadata_memory),
         )
+        handle.buffer_id = self._facts.buffer_id
+        handle.dispatch_idx = self._num_dispatches
+        return handle

@@ -13,7 +13,16 @@ from deep_ep_core.jit.structs import ParamsStruct, UInt32, UInt64
 from deep_ep_core.lsa_team import MAX_LSA_RANKS
 from deep_ep_core.transport import AgreedField
 
-__all__ = ["BY_EXPERT", "OPENING_SLOTS_BYTES", "PUSHED", "Opening", "OperationKind", "agreed_fields", "set_agreed"]
+__all__ = [
+    "BY_EXPERT",
+    "OPENING_SLOTS_BYTES",
+    "PUSHED",
+    "AgreedValues",
+    "Opening",
+    "OperationKind",
+    "agreed_fields",
+    "set_agreed",
+]
 
 _NUM_AGREED = 12
 _NUM_TOLD = 2
@@ -48,6 +57,39 @@ class Opening(ParamsStruct):
     __slots__ = ()
     cuda_name = "deep_ep_ep::Opening"
     _fields_ = (("agreed", UInt32 * _NUM_AGREED), ("told", UInt64 * _NUM_TOLD))
+
+
+class AgreedValues:
+    """The agreed values of the openings of one kind of calls, written into their parameters.
+
+    Args:
+        opening: Where to.
+        fields: What the ranks must agree on, without the operation.
+        handle_name: Name of the field whose value may change from call to call.
+    """
+
+    __slots__ = ("_by_operation", "_handle_idx", "_words")
+
+    def __init__(self, opening: Opening, fields: Sequence[AgreedField], *, handle_name: str) -> None:
+        self._by_operation = {kind: agreed_fields(kind, fields) for kind in OperationKind}
+        self._handle_idx = 1 + [field.name for field in fields].index(handle_name)
+        set_agreed(opening, self._by_operation[OperationKind.DISPATCH])
+        self._words = opening.agreed
+
+    def begin(self, kind: OperationKind, dispatch_idx: int) -> tuple[AgreedField, ...]:
+        """Write the values of one opening.
+
+        Args:
+            kind: What it opens.
+            dispatch_idx: Number of the dispatch that made the handle; 0 without one.
+
+        Returns:
+            The fields in the places of their values, to name one that differs. That of the handle may have another
+            value than what was written.
+        """
+        words = self._words
+        words[0], words[self._handle_idx] = kind, dispatch_idx
+        return self._by_operation[kind]
 
 
 def agreed_fields(kind: OperationKind, fields: Sequence[AgreedField]) -> tuple[AgreedField, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,68 +11,124 @@ import torch
 
 from deep_ep_ep.handle import DeferredTensors, PlanParts
 
-__all__ = ["DevicePlan", "RoutingMemory"]
+__all__ = ["DevicePlan", "RoutingLayout", "RoutingMemory", "routing_layout"]
 
 _INT32_BYTES = 4
 # The tensors of a plan, in the order in which operators pass them.
 _PLAN_NAMES = ("row_of_entry", "expert_row_of_entry", "num_send_rows")
 
 
-class RoutingMemory:
-    """The int32 tensors of one routing, in one allocation, since to make each by itself would take the host longer.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoutingLayout:
+    """Where the tensors of a routing lie in their common memory, which consists of int32 words.
+
+    Attributes:
+        num_words: Size of the memory.
+        begins: First word of each tensor.
+        shapes: Its shape.
+        offsets: Where each begins, in bytes.
+        topk_idx_dtype: Dtype of the copy of `topk_idx`; all else is int32.
+    """
+
+    num_words: int
+    begins: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    offsets: Mapping[str, int]
+    topk_idx_dtype: torch.dtype
+
+
+# Calls of one kind may have any number of tokens.
+@functools.lru_cache(maxsize=1024)
+def routing_layout(
+    num_ranks: int,
+    num_local_experts: int,
+    num_tokens: int,
+    num_topk: int,
+    num_metadata_rows: int,
+    num_scratch: int,
+    copied_dtype: torch.dtype | None,
+    do_expand: bool,
+) -> RoutingLayout:
+    """The layout of a routing.
 
     Args:
-        device: Where they are.
         num_ranks: Ranks of the group.
         num_local_experts: Experts of this rank.
         num_tokens: Tokens of this rank.
         num_topk: Entries of a token's routing.
-        do_expand: Whether there are rows by expert.
+        num_metadata_rows: Rows of the metadata; 0 where it has memory of its own.
         num_scratch: Numbers that only the kernel needs.
+        copied_dtype: Dtype of `topk_idx`; None where it is not copied.
+        do_expand: Whether there are rows by expert.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        # First, since its elements may have two words.
+        "topk_idx": (0 if copied_dtype is None else num_tokens, num_topk),
+        "psum_num_recv_tokens_per_scaleup_rank": (num_ranks,),
+        "psum_num_recv_tokens_per_expert": (num_local_experts,),
+        "num_unaligned_recv_tokens_per_expert": (num_local_experts,),
+        "num_send_rows": (num_ranks,),
+        "dst_buffer_slot_idx": (num_tokens, num_topk),
+        "row_of_entry": (num_tokens, num_topk),
+        "expert_row_of_entry": (num_tokens if do_expand else 0, num_topk),
+        "recv_src_metadata": (num_metadata_rows, num_topk + 2),
+        "scratch": (num_scratch,),
+    }
+    topk_idx_dtype = torch.int32 if copied_dtype is None else copied_dtype
+    begins, end = {}, 0
+    for name, shape in shapes.items():
+        begins[name] = end
+        words_each = topk_idx_dtype.itemsize // _INT32_BYTES if name == "topk_idx" else 1
+        end += words_each * math.prod(shape)
+    return RoutingLayout(
+        num_words=end,
+        begins=begins,
+        shapes=shapes,
+        offsets={name: _INT32_BYTES * begin for name, begin in begins.items()},
+        topk_idx_dtype=topk_idx_dtype,
+    )
+
+
+class RoutingMemory:
+    """The tensors of one routing, in one allocation, since to make each by itself would take the host longer.
+
+    Args:
+        layout: Where each is.
+        storage: The memory, `[layout.num_words]` int32.
 
     Attributes:
-        storage: All of them, flat.
+        storage: See above.
+        address: Where it begins.
+        separate: Tensors that have memory of their own instead.
     """
 
-    __slots__ = ("_address", "_places", "storage")
+    __slots__ = ("_layout", "address", "separate", "storage")
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        num_ranks: int,
-        num_local_experts: int,
-        num_tokens: int,
-        num_topk: int,
-        do_expand: bool,
-        num_scratch: int,
-    ) -> None:
-        shapes: dict[str, tuple[int, ...]] = {
-            "psum_num_recv_tokens_per_scaleup_rank": (num_ranks,),
-            "psum_num_recv_tokens_per_expert": (num_local_experts,),
-            "num_unaligned_recv_tokens_per_expert": (num_local_experts,),
-            "num_send_rows": (num_ranks,),
-            "dst_buffer_slot_idx": (num_tokens, num_topk),
-            "row_of_entry": (num_tokens, num_topk),
-            "expert_row_of_entry": (num_tokens if do_expand else 0, num_topk),
-            "scratch": (num_scratch,),
-        }
-        places, end = {}, 0
-        for name, shape in shapes.items():
-            places[name] = end, shape
-            end += math.prod(shape)
-        self._places = places
-        self.storage = torch.empty(end, dtype=torch.int32, device=device)
-        self._address: int = self.storage.data_ptr()
+    def __init__(self, layout: RoutingLayout, storage: torch.Tensor) -> None:
+        self._layout = layout
+        self.storage = storage
+        self.address: int = storage.data_ptr()
+        self.separate: dict[str, torch.Tensor] = {}
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor whose memory these are."""
+        return self.storage, *self.separate.values()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of that name, a view."""
-        begin, shape = self._places[name]
-        return self.storage[begin : begin + math.prod(shape)].view(shape)
+        """The tensor of that name: one with memory of its own, or a view."""
+        if name in self.separate:
+            return self.separate[name]
+        layout = self._layout
+        begin, shape = layout.begins[name], layout.shapes[name]
+        dtype = layout.topk_idx_dtype if name == "topk_idx" else torch.int32
+        num_words = math.prod(shape) * (dtype.itemsize // _INT32_BYTES)
+        return self.storage[begin : begin + num_words].view(dtype).view(shape)
 
     def address_of(self, name: str) -> int:
         """Where it begins."""
-        return self._address + _INT32_BYTES * self._places[name][0]
+        if name in self.separate:
+            return self.separate[name].data_ptr()
+        return self.address + self._layout.offsets[name]
 
 
 class _SeparateTensors:
@@ -89,9 +146,9 @@ class _SeparateTensors:
         return self._tensors[name].data_ptr()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class DevicePlan:
-    """What a combine or a cached dispatch needs of a dispatch.
+    """What a combine or a cached dispatch needs of a dispatch. Made at every dispatch, so not frozen.
 
     Attributes:
         ints: Three tensors of int32. "row_of_entry" `[num_tokens, num_topk]`: the token's row among the received ones
@@ -99,18 +156,18 @@ class DevicePlan:
             num_topk]`: row in the expert-major tensors of that entry's rank, or -1; no rows of a token-major dispatch.
             "num_send_rows" `[num_ranks]`: rows sent to each rank.
         owned: The tensors whose memory these are.
-        metadata: The metadata as the kernel wrote it. A handle that carries another tensor carries permuted rows.
+        metadata_address: Where the kernel wrote the metadata. A handle with metadata elsewhere has permuted rows.
         metadata_version: Counts in-place changes of it at that time, as torch does; -1 where torch does not.
     """
 
     ints: DeferredTensors
     owned: tuple[torch.Tensor, ...]
-    metadata: torch.Tensor
+    metadata_address: int
     metadata_version: int
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it."""
-        return [*self.owned, self.metadata]
+        return list(self.owned)
 
     def parts(self) -> PlanParts:
         """See `Plan`. The metadata is the handle's, which must be as the kernel wrote it when this is called."""
@@ -122,8 +179,8 @@ class DevicePlan:
         (metadata_version,) = parts.numbers
         return cls(
             ints=_SeparateTensors(dict(zip(_PLAN_NAMES, parts.tensors, strict=True))),
-            owned=tuple(parts.tensors),
-            metadata=metadata,
+            owned=(*parts.tensors, metadata),
+            metadata_address=metadata.data_ptr(),
             metadata_version=metadata_version,
         )
 
@@ -138,7 +195,7 @@ class DevicePlan:
 
     def has_row_order(self, metadata: torch.Tensor) -> bool:
         """Whether rows that come with this metadata lie as the dispatch laid them."""
-        return metadata.data_ptr() == self.metadata.data_ptr() and version_of(metadata) == self.metadata_version
+        return metadata.data_ptr() == self.metadata_address and version_of(metadata) == self.metadata_version
 
 
 def version_of(tensor: torch.Tensor) -> int:
