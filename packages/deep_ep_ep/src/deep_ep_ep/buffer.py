@@ -136,7 +136,8 @@ class ElasticBuffer:
         recv_memory: Where received rows live, on the device backend. "auto": in the window while a heap beside the
             buffer has room, which spares a copy, else in torch's memory; takes up to `num_bytes` more memory. "torch":
             always in torch's memory. "window": always in the window, within `num_bytes`, where there must be room for
-            all rows that live at a time. Must be alike on all ranks.
+            all rows that live at a time, and while a token-major dispatch runs for the most that may come to it.
+            Must be alike on all ranks.
 
     Attributes:
         group, rank_idx, num_ranks: The group and this rank's place in it.
@@ -830,8 +831,8 @@ def _check_constructor(
 ) -> None:
     if num_cpu_bytes:
         raise ConfigError(
-            f"num_cpu_bytes must be 0 (got {num_cpu_bytes}): the host-memory segment belongs to Engram, which will be "
-            "a package of its own and is not part of this version"
+            f"num_cpu_bytes must be 0 (got {num_cpu_bytes}): the host-memory segment belongs to Engram, which is a "
+            "package of its own, deep-ep-engram"
         )
     if num_bytes is None:
         if num_max_tokens_per_rank <= 0 or hidden <= 0:

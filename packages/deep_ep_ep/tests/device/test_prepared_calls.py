@@ -67,6 +67,7 @@ class Context(DeviceContext):
     def __init__(self, recv_memory: str, *, heap_bytes: int = 8 << 20) -> None:
         self.device, self.rank, self.num_ranks = CPU, 0, NUM_RANKS
         self.recv_memory, self.shares_gpu, self.counts_capacity = recv_memory, False, 16
+        self.max_num_sms = 132
         self.memory = Memory(heap_bytes)
         self.opening_offset, self.counts_offset, self.arrivals_offset = 0, 256, 512
         self.stage_offset = None if recv_memory == "window" else 1024

@@ -180,12 +180,16 @@ def open_context(
     gpu_name = f"{getattr(gpu, 'uuid', '')} {gpu.name}"
     gpu_id = int.from_bytes(hashlib.sha256(gpu_name.encode()).digest()[:7], "little")
     operation = transport.begin(OPEN_DEVICE, [], [[gpu_id]] * transport.num_ranks)
-    shares_gpu = all(values[0] == gpu_id for values in operation.peer_values)
+    num_gpu_ranks = sum(values[0] == gpu_id for values in operation.peer_values)
     context: DeviceContext | None = None
     failure: DeepEPError | None = None
     try:
         context = DeviceContext(
-            communicator, num_bytes=num_bytes, recv_memory=recv_memory, timeout_s=gpu_timeout_s, shares_gpu=shares_gpu
+            communicator,
+            num_bytes=num_bytes,
+            recv_memory=recv_memory,
+            timeout_s=gpu_timeout_s,
+            num_gpu_ranks=num_gpu_ranks,
         )
         _load_kernels(context)
     except (TransportError, TopologyError, CompileError, ConfigError) as error:

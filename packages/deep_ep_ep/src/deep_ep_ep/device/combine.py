@@ -43,7 +43,7 @@ class _CombineCall:
     def __init__(self, context: DeviceContext, facts: BufferFacts, args: CombineArgs) -> None:
         handle, x, device = args.handle, args.x, context.device
         self._context = context
-        self._variant = x.dtype, handle.topk_idx_dtype, args.num_sms
+        self._variant = x.dtype, handle.topk_idx_dtype, min(args.num_sms, context.max_num_sms)
         self._launch: Callable[[ParamsStruct, int], None] | None = None
         self.hidden, self.num_topk = x.size(1), handle.num_topk
         self.params = params = CombineParams.__new__(CombineParams)

@@ -86,7 +86,7 @@ class DeviceContext:
         num_bytes: Size of the buffer.
         recv_memory: Where received rows live; the same on every rank.
         timeout_s: How long a kernel waits for a peer.
-        shares_gpu: Whether all ranks run on one GPU.
+        num_gpu_ranks: Ranks that run on this rank's GPU.
 
     Attributes:
         communicator: The ranks.
@@ -95,6 +95,8 @@ class DeviceContext:
         recv_memory: Where received rows live.
         memory: The window.
         shares_gpu: Whether all ranks run on one GPU.
+        max_num_sms: The most SMs that a kernel of this rank may take: those of the ranks that share a GPU wait for each
+            other, so all must fit it at once.
         log: Where kernels report what went wrong.
         team: The table of the team, for kernel parameters.
         wait: Deadlines, for kernel parameters.
@@ -117,7 +119,7 @@ class DeviceContext:
         num_bytes: int,
         recv_memory: RecvMemory,
         timeout_s: float,
-        shares_gpu: bool,
+        num_gpu_ranks: int,
     ) -> None:
         num_ranks = communicator.num_ranks
         if communicator.lsa.num_ranks != num_ranks:
@@ -132,7 +134,9 @@ class DeviceContext:
         self.device_idx: int = self.device.index
         self.rank, self.num_ranks = communicator.rank, num_ranks
         self.recv_memory = recv_memory
-        self.shares_gpu = shares_gpu
+        self.shares_gpu = num_gpu_ranks == num_ranks
+        num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.max_num_sms = max(num_sms // num_gpu_ranks, 1)
         self.counts_capacity = ceil_div(num_ranks + MAX_NUM_EXPERTS, 2)
         sizes = window_sizes(num_bytes, num_ranks=num_ranks, recv_memory=recv_memory)
         regions = [

@@ -66,6 +66,9 @@ class Dispatcher:
             self._set_plan(call, handle)
             sizes = _Sizes(handle.num_recv_tokens, handle.num_expanded_tokens, handle.num_recv_tokens_per_expert_list)
             return self._place(call, args, None, sizes, scope, PLACE)
+        # Counted where it begins, whatever becomes of it: ranks compare the numbers of handles, and if ranks disagree
+        # some find out at once and some when they have made one.
+        self._num_dispatches += 1
         if not args.do_cpu_sync:
             memory = self._new_routing(call, args, num_metadata_rows=call.num_slots)
             self._begin(call, OperationKind.DISPATCH)
@@ -273,7 +276,6 @@ class Dispatcher:
         launch.run(params, scope.stream_handle)
 
     def _make_handle(self, call: DispatchCall, args: DispatchArgs, routing: RoutingMemory, sizes: _Sizes) -> EPHandle:
-        self._num_dispatches += 1
         metadata_memory = routing.storage
         if args.do_cpu_sync:
             metadata_memory = call.new_ints(sizes.num_recv, call.num_topk + 2)

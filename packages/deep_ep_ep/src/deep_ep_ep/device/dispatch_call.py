@@ -78,7 +78,7 @@ class DispatchCall:
     def __init__(self, context: DeviceContext, args: DispatchArgs) -> None:
         num_ranks, device = context.num_ranks, context.device
         self._context = context
-        self._num_sms = args.num_sms
+        self._num_sms = min(args.num_sms, context.max_num_sms)
         self._launches: dict[KernelParts, PartsLaunch] = {}
         self.do_expand = args.do_expand
         self.num_topk = args.num_topk
