@@ -15,7 +15,7 @@ import nox
 
 ROOT = Path(__file__).parent
 # In the order of their dependencies.
-PACKAGES = ("deep_ep_core", "deep_ep_ep", "deep_ep_pp", "deep_ep_cp", "deep_ep_engram")
+PACKAGES = ("deep_ep_core", "deep_ep_ep", "deep_ep_pp", "deep_ep_cp", "deep_ep_engram", "deep_ep_legacy")
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 # What a package may ask for besides its siblings.
 ALLOWED_REQUIREMENTS = {
@@ -24,6 +24,7 @@ ALLOWED_REQUIREMENTS = {
     "deep_ep_pp": {"torch", "deep-ep-core"},
     "deep_ep_cp": {"torch", "deep-ep-core"},
     "deep_ep_engram": {"torch", "deep-ep-core"},
+    "deep_ep_legacy": {"torch", "deep-ep-core"},
 }
 
 # pip finds a machine's own wheels and settings; uv would not look there.
@@ -95,6 +96,14 @@ def wheels(session: nox.Session, package: str) -> None:
     session.chdir(session.create_tmp())
     # -I keeps the tree and the user's site off the path.
     session.run("python", "-I", program, package, siblings, allowed)
+    if package == "deep_ep_legacy":
+        # Its extra: the names of V2 come from the sibling.
+        sibling = str(ROOT / "packages" / "deep_ep_ep")
+        session.run("python", "-m", "build", "-q", "--wheel", "--outdir", str(dist), sibling, silent=True)
+        session.install("-q", *CONSTRAINTS, "nvidia-ml-py")
+        session.install("-q", "--no-index", "--find-links", str(dist), "deep-ep-legacy[ep]")
+        check = "import deep_ep, deep_ep_ep; assert deep_ep.ElasticBuffer is deep_ep_ep.ElasticBuffer"
+        session.run("python", "-I", "-c", check)
 
 
 @nox.session(venv_backend="none")

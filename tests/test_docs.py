@@ -145,6 +145,7 @@ NO_ENTRY_NEEDED = {
     "MpsError": "open_mps catches it; the text of what it raises or prints instead holds this one",
     "NVMLError": "is NVML's own, and links catches it",
     "… (got …, on rank …); …": "is what `rejected` makes of its arguments; each call of it is an error of its own here",
+    "an argument is not a plain number": "the buffer catches it and lets the checks of the call find the words",
     "another process held the lock for": "the cache catches it and goes on without the shared folder",
     "messages were still missing when the time was over": "transport makes it a CommTimeoutError",
 }

@@ -101,6 +101,34 @@ def use_engram() -> None:
         assert torch.equal(data, entries[[3, 0, 3, 3]].view(2, 256))
 
 
+def use_legacy() -> None:
+    import torch
+    import torch.distributed as dist
+
+    import deep_ep
+    from deep_ep.utils import EventOverlap
+
+    use_core()
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    x = torch.arange(4 * 128).view(4, 128).bfloat16()
+    topk_idx = torch.tensor([[0, 1], [1, -1], [-1, -1], [3, 2]])
+    per_rank, _, per_expert, is_token_in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
+    layout = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert}
+    recv_x, *_, counts, handle, event = buffer.dispatch(x, is_token_in_rank=is_token_in_rank, **layout)
+    assert isinstance(event, EventOverlap)
+    assert torch.equal(recv_x, x[[0, 1, 3]])
+    assert counts == [1, 2, 1, 1]
+    combined, _, _ = buffer.combine(recv_x, handle)
+    assert torch.equal(combined, torch.where((topk_idx >= 0).any(1, keepdim=True), x, 0))
+    assert not hasattr(deep_ep, "ElasticBuffer")
+    told = ""
+    try:
+        from deep_ep import ElasticBuffer  # noqa: F401
+    except ImportError as error:
+        told = str(error)
+    assert "pip install deep-ep-ep" in told
+
+
 def main() -> None:
     package, siblings, allowed = sys.argv[1:]
     num_modules = check_imports(package)
@@ -114,6 +142,7 @@ def main() -> None:
         "deep_ep_pp": use_pp,
         "deep_ep_cp": use_cp,
         "deep_ep_engram": use_engram,
+        "deep_ep_legacy": use_legacy,
     }
     uses[package]()
     print(f"{package}: {num_modules} modules imported, requirements and files are right, and it works")

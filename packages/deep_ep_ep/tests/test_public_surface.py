@@ -21,7 +21,7 @@ import pytest
 import deep_ep_ep
 from deep_ep_ep import ElasticBuffer, autograd
 
-PACKAGES = ("deep_ep_core", "deep_ep_ep", "deep_ep_pp", "deep_ep_cp", "deep_ep_engram")
+PACKAGES = ("deep_ep_core", "deep_ep_ep", "deep_ep_pp", "deep_ep_cp", "deep_ep_engram", "deep_ep_legacy")
 PACKAGES_ROOT = Path(__file__).parents[2]
 
 # A name more is a promise more; a name less breaks somebody.

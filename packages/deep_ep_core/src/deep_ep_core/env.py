@@ -148,7 +148,7 @@ class Variable:
         return "a path" if self.type is Path else "a name that is not empty"
 
 
-_V1_ONLY = "only the V1 API reads it"
+_V1_ONLY = "the kernels of V1 are not part of this version"
 
 VARIABLES: tuple[Variable, ...] = (
     Variable("EP_BUFFER_DEBUG", "General", bool, "0", "Print a new buffer's sizes, SM estimate and backend."),

@@ -1,0 +1,397 @@
+"""Owns `LowLatencySession`: the low-latency calls of DeepEP V1 for a group, their streams, events and hooks.
+
+Arguments are checked in `low_latency_checks`, rows are moved by `low_latency_dispatch` and `low_latency_combine`. It
+does not own normal-mode calls, nor the transport that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+import torch
+
+from deep_ep_core.errors import ConfigError
+from deep_ep_core.stream import CommScope, EventOverlap, StreamOptions
+from deep_ep_core.transport import CollectiveTransport
+from deep_ep_legacy.low_latency_checks import (
+    Handle,
+    agreed_sizes,
+    check_combine,
+    check_dispatch,
+    check_handle,
+    check_mask_status,
+    check_sizes,
+    check_streams,
+    rejected,
+)
+from deep_ep_legacy.low_latency_combine import CombineArgs, CombineUnderWay
+from deep_ep_legacy.low_latency_dispatch import DispatchArgs, DispatchUnderWay
+from deep_ep_legacy.low_latency_peers import OPERATIONS, Peers
+from deep_ep_legacy.low_latency_sizing import get_low_latency_rdma_size_hint
+
+__all__ = ["OPERATIONS", "LowLatencySession", "RecvHook"]
+
+RecvHook: TypeAlias = Callable[[], None]
+"""Waits for the rows of its call and fills what the call returned. Once is enough; again does nothing."""
+
+_UnderWay = TypeVar("_UnderWay", DispatchUnderWay, CombineUnderWay)
+
+# Two operations may be under way, each in a half of the buffer of its own.
+_NUM_HALVES = 2
+
+
+class LowLatencySession:
+    """Low-latency dispatch and combine between the ranks of a group, on the collective backend.
+
+    Rows of an expert are ordered by source rank and token, so results are the same in every run.
+
+    Args:
+        transport: The group's transport; its operations include `OPERATIONS`.
+        rank: This rank in the group.
+        num_ranks: Ranks of the group.
+        enable_shrink: Keep a mask of ranks that take no part. A rank that is late is then masked, with a warning,
+            instead of raised. A late rank costs the timeout once.
+
+    Collective: no; all calls are, unless they say otherwise, and all ranks make the same ones in the same order.
+    """
+
+    def __init__(
+        self, transport: CollectiveTransport, *, rank: int, num_ranks: int, enable_shrink: bool = False
+    ) -> None:
+        assert (rank, num_ranks) == (transport.rank, transport.num_ranks), (rank, num_ranks)
+        self._rank, self._num_ranks = rank, num_ranks
+        self._peers = Peers(transport, enable_shrink=enable_shrink)
+        # Also keeps messages alive whose hook the caller dropped.
+        self._under_way: list[DispatchUnderWay | CombineUnderWay] = []
+        self._half = 0
+        self._combine_buffers: list[torch.Tensor | None] = [None] * _NUM_HALVES
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes that a buffer needs for low-latency calls; see `get_low_latency_rdma_size_hint` of the sizing module.
+
+        Collective: no.
+        """
+        return get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
+
+    @torch.no_grad()
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor] | torch.Tensor, torch.Tensor, Handle, EventOverlap, RecvHook | None]:
+        """Send each token to the experts it selects, cast to FP8 on the way if asked.
+
+        Args:
+            x: `[num_tokens, hidden]` bfloat16, contiguous; the hidden size a multiple of 128.
+            topk_idx: `[num_tokens, num_topk]` int32 or int64: experts, -1 for none.
+            num_max_dispatch_tokens_per_rank: Most tokens of any rank. Alike on all ranks.
+            num_experts: Experts of all ranks, a multiple of them. Alike on all ranks.
+            cumulative_local_expert_recv_stats: int32 `[num_local_experts]`: the rows of each expert are added to it.
+            dispatch_wait_recv_cost_stats: int64 `[num_ranks]`: the nanoseconds that the host waited for the rows of
+                each rank are added to it. (DeepEP counts cycles of an SM.)
+            use_fp8: Cast to float8_e4m3fn with one scale for 128 channels. Alike on all ranks.
+            round_scale: Round scales up to powers of two. Alike on all ranks.
+            use_ue8m0: Return scales as packed exponents; needs `use_fp8`, `round_scale` and a hidden size that is a
+                multiple of 512. Alike on all ranks.
+            async_finish: Return an event instead of making the current stream wait.
+            return_recv_hook: Return as soon as the rows are under way; the hook waits for them.
+
+        Returns:
+            `(recv_x, recv_count, handle, event, hook)`. With `num_rows = num_ranks * num_max_dispatch_tokens_per_rank`,
+            `recv_x` is `[num_local_experts, num_rows, hidden]` bfloat16, or float8_e4m3fn in a pair with the scales:
+            float32 `[num_local_experts, num_rows, hidden / 128]`, or int32 `[.., hidden / 512]` with byte b of pack p
+            the exponent of group 4p + b; row by row neighbours in memory. `recv_count` is int32 `[num_local_experts]`:
+            how many rows of each expert are there; the others are not initialised. `handle` is `(src_info,
+            layout_range, num_max_dispatch_tokens_per_rank, hidden, num_experts)`: the token of each row, int32
+            `[num_local_experts, num_rows]`, and for each expert and source rank the number of rows in the low 32 bits
+            and the first row in the high ones, int64 `[num_local_experts, num_ranks]`. `hook` is None unless asked for.
+
+        Raises:
+            ConfigError: An argument cannot be taken.
+            RankMismatchError: Ranks passed different sizes or flags, or called different operations.
+            CommTimeoutError: A rank died or is late, and there is no mask.
+
+        Collective: yes. Stream: runs on the communication stream, which waits for the current one; with
+        `return_recv_hook` the call and the hook run on the stream that is current in the call. The host waits in the
+        call until the ranks agree, so a CUDA graph cannot capture it.
+        """
+        with self._peers.rejections_reported("low_latency_dispatch"):
+            check_streams(self._rank, async_finish, return_recv_hook)
+            check_dispatch(
+                self._rank,
+                self._num_ranks,
+                x=x,
+                topk_idx=topk_idx,
+                num_max_tokens=num_max_dispatch_tokens_per_rank,
+                num_experts=num_experts,
+                recv_stats=cumulative_local_expert_recv_stats,
+                wait_stats=dispatch_wait_recv_cost_stats,
+                use_fp8=use_fp8,
+                round_scale=round_scale,
+                use_ue8m0=use_ue8m0,
+            )
+        args = DispatchArgs(
+            x=x,
+            topk_idx=topk_idx,
+            num_max_tokens=num_max_dispatch_tokens_per_rank,
+            num_experts=num_experts,
+            recv_stats=cumulative_local_expert_recv_stats,
+            wait_stats=dispatch_wait_recv_cost_stats,
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+        )
+        under_way, event, hook = self._run(
+            lambda: DispatchUnderWay(self._peers, args), args, x.device, async_finish, return_recv_hook
+        )
+        recv_x: tuple[torch.Tensor, torch.Tensor] | torch.Tensor = under_way.recv_x
+        if under_way.recv_scales is not None:
+            recv_x = (under_way.recv_x, under_way.recv_scales)
+        return recv_x, under_way.recv_count, under_way.handle, event, hook
+
+    @torch.no_grad()
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: Handle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: torch.Tensor | None = None,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, EventOverlap, RecvHook | None]:
+        """Bring the rows of experts back to the ranks of their tokens, and sum them with weights.
+
+        Args:
+            x: `[num_local_experts, num_ranks * num_max_dispatch_tokens_per_rank, hidden]` bfloat16, contiguous: rows
+                where the dispatch put them.
+            topk_idx: As in the dispatch.
+            topk_weights: float32 `[num_tokens, num_topk]`.
+            handle: What the dispatch returned.
+            use_logfmt: Send ten bits a value, see `logfmt`; the hidden size a multiple of 512. Alike on all ranks.
+            zero_copy: The rows are in what `get_next_low_latency_combine_buffer` gave; those of `x` are not looked at.
+            async_finish: Return an event instead of making the current stream wait.
+            return_recv_hook: Return as soon as the rows are under way; the hook waits for them.
+            out: `[num_tokens, hidden]` bfloat16, contiguous, to write to.
+            combine_wait_recv_cost_stats: int64 `[num_ranks]`, as in the dispatch.
+
+        Returns:
+            `(combined_x, event, hook)`: `[num_tokens, hidden]` bfloat16, summed in float32 in ascending top-k position
+            and rounded once; 0 for a token that selects no expert. Experts of masked ranks are left out.
+
+        Raises:
+            ConfigError: An argument cannot be taken. That `topk_idx` is not that of the dispatch shows only when the
+                rows are there, so the hook may raise it.
+            RankMismatchError: Ranks passed different sizes or flags, or called different operations.
+            CommTimeoutError: A rank died or is late, and there is no mask.
+
+        Collective: yes. Stream: as the dispatch.
+        """
+        with self._peers.rejections_reported("low_latency_combine"):
+            check_streams(self._rank, async_finish, return_recv_hook)
+            handle = check_handle(self._rank, self._num_ranks, handle)
+            check_combine(
+                self._rank,
+                self._num_ranks,
+                x=x,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
+                handle=handle,
+                use_logfmt=use_logfmt,
+                zero_copy=zero_copy,
+                out=out,
+                wait_stats=combine_wait_recv_cost_stats,
+            )
+            if zero_copy:
+                x = self._filled_combine_buffer(x)
+        args = CombineArgs(
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            handle=handle,
+            use_logfmt=use_logfmt,
+            out=out,
+            wait_stats=combine_wait_recv_cost_stats,
+        )
+        under_way, event, hook = self._run(
+            lambda: CombineUnderWay(self._peers, args), args, x.device, async_finish, return_recv_hook
+        )
+        return under_way.combined_x, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle: Handle) -> torch.Tensor:
+        """Where the next combine with `zero_copy=True` takes its rows from; fill it after this call and before that.
+
+        Any low-latency call in between takes up the buffer's turn: ask again after it.
+
+        Args:
+            handle: What the dispatch returned.
+
+        Returns:
+            `[num_local_experts, num_ranks * num_max_dispatch_tokens_per_rank, hidden]` bfloat16, contiguous. It is not
+            initialised, and is used again two calls later.
+
+        Raises:
+            ConfigError: The handle is not one of a low-latency dispatch.
+
+        Collective: no.
+        """
+        src_info, *_, hidden, _ = check_handle(self._rank, self._num_ranks, handle)
+        shape = (*src_info.shape, hidden)
+        buffer = self._combine_buffers[self._half]
+        if buffer is None or buffer.shape != shape or buffer.device != src_info.device:
+            buffer = src_info.new_empty(shape, dtype=torch.bfloat16)
+            self._combine_buffers[self._half] = buffer
+        return buffer
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Return when all ranks have called it. There is nothing to zero on the collective backend.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: As in the calls that follow; alike on all ranks, as the others.
+            hidden: Channels of a token.
+            num_experts: Experts of all ranks.
+
+        Raises:
+            ConfigError: A size cannot be taken.
+            RankMismatchError: Ranks passed different sizes, or called different operations.
+            CommTimeoutError: A rank died or is late, and there is no mask.
+
+        Collective: yes.
+        """
+        with self._peers.rejections_reported("clean_low_latency_buffer"):
+            check_sizes(self._rank, self._num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        self._peers.open(
+            "clean_low_latency_buffer", agreed_sizes(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        )
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Mask a rank, or take it back, in the calls of this rank that follow.
+
+        Other ranks do the same for themselves. A rank that is taken back must have made as many calls as the others.
+
+        Args:
+            rank_to_mask: The other rank.
+            mask: Whether it is masked.
+
+        Raises:
+            ConfigError: There is no mask, or no such other rank.
+
+        Collective: no.
+        """
+        current = self._mask()
+        if not isinstance(rank_to_mask, int) or not 0 <= rank_to_mask < self._num_ranks or rank_to_mask == self._rank:
+            raise rejected(
+                self._rank,
+                f"rank_to_mask must be another rank in [0, {self._num_ranks})",
+                repr(rank_to_mask),
+                "pass a rank of the group",
+            )
+        current[rank_to_mask] = bool(mask)
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Write the mask to `mask_status`, int32 `[num_ranks]`: 1 for a masked rank, else 0.
+
+        Raises:
+            ConfigError: There is no mask, or the tensor is another.
+
+        Collective: no.
+        """
+        current = self._mask()
+        check_mask_status(self._rank, self._num_ranks, mask_status)
+        mask_status.copy_(torch.tensor(current))
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Take all ranks back, as `low_latency_update_mask_buffer` does with one.
+
+        Raises:
+            ConfigError: There is no mask.
+
+        Collective: no.
+        """
+        current = self._mask()
+        current[:] = [False] * self._num_ranks
+
+    def close(self) -> None:
+        """Wait for the rows that are under way, whose hooks were not called. May be called again.
+
+        Raises:
+            CommTimeoutError: A rank died before it sent them, and there is no mask.
+
+        Collective: no.
+        """
+        self._combine_buffers = [None] * _NUM_HALVES
+        # After a failure the messages may never arrive, and their hooks say so.
+        while self._under_way and not self._peers.has_failed:
+            self._under_way[0].complete()
+            del self._under_way[0]
+
+    def _mask(self) -> list[bool]:
+        if self._peers.mask is None:
+            raise ConfigError(
+                f"ranks can be masked only with enable_shrink=True (got False, on rank {self._rank}); make the buffer "
+                "with it"
+            )
+        return self._peers.mask
+
+    def _filled_combine_buffer(self, x: torch.Tensor) -> torch.Tensor:
+        """What a combine without a copy sends."""
+        buffer = self._combine_buffers[self._half]
+        if buffer is None or buffer.shape != x.shape or buffer.device != x.device:
+            raise rejected(
+                self._rank,
+                "zero_copy must come after get_next_low_latency_combine_buffer(handle), with no other low-latency call "
+                "in between",
+                "no such buffer" if buffer is None else f"a buffer {list(buffer.shape)} on {buffer.device}",
+                "call it, fill what it returns, and combine",
+            )
+        return buffer
+
+    def _run(
+        self,
+        start: Callable[[], _UnderWay],
+        args: DispatchArgs | CombineArgs,
+        device: torch.device,
+        async_finish: bool,
+        return_recv_hook: bool,
+    ) -> tuple[_UnderWay, EventOverlap, RecvHook | None]:
+        """Run an operation to its end, or until its rows are under way."""
+        if return_recv_hook:
+            under_way = start()
+            self._half = (self._half + 1) % _NUM_HALVES
+            self._under_way.append(under_way)
+            return under_way, EventOverlap(None), self._hook_of(under_way, device)
+        with CommScope(device, StreamOptions(async_with_compute_stream=async_finish), may_stay=True) as scope:
+            under_way = start()
+            self._half = (self._half + 1) % _NUM_HALVES
+            under_way.complete()
+            event = scope.finish(args.inputs, under_way.outputs)
+        return under_way, event, None
+
+    def _hook_of(self, under_way: DispatchUnderWay | CombineUnderWay, device: torch.device) -> RecvHook:
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        @torch.no_grad()
+        def hook() -> None:
+            if under_way in self._under_way:
+                # What it fills was allocated on the stream of the call.
+                with torch.cuda.stream(stream):
+                    under_way.complete()
+                self._under_way.remove(under_way)
+
+        return hook
