@@ -11,7 +11,7 @@
 
 namespace deep_ep_ep {
 
-// Shared memory of the plan; mirrored by `plan_smem_bytes` in `deep_ep_ep.device.dispatch_kernel`.
+// Shared memory of the plan; its size is computed by `row_stages` in `deep_ep_ep.device.dispatch_kernel`.
 struct PlanMemory {
     unsigned* masks;         // [kNumWarps, num_columns]
     unsigned* counts;        // [num_columns] of this rank; later the rows that tokens of this block start from

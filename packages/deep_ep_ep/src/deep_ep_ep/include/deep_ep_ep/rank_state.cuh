@@ -14,7 +14,7 @@ namespace deep_ep_ep {
 namespace comm = deep_ep_core::comm;
 namespace ptx = deep_ep_core::ptx;
 
-// Phases of the kernels, for reports of waits that expire. Named in `deep_ep_ep.device.phases`, in this order.
+// Phases of the kernels, for reports of waits that expire. Named in `deep_ep_ep.device.state`, in this order.
 inline constexpr unsigned kPhaseOpen = 0;       // a peer's opening of this operation
 inline constexpr unsigned kPhaseCount = 1;      // a peer's row counts
 inline constexpr unsigned kPhaseGrid = 2;       // the other blocks of this rank
