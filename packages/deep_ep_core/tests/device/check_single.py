@@ -14,6 +14,7 @@ from device_kernels import (
     CountParams,
     ExpireParams,
     InspectParams,
+    MeetPairsParams,
     PingPongParams,
     Scope,
     TalkParams,
@@ -25,6 +26,7 @@ from device_kernels import (
     count_spec,
     expire_spec,
     inspect_spec,
+    meet_pairs_spec,
     ping_pong_spec,
     talk_spec,
     vouch_spec,
@@ -42,6 +44,7 @@ def run_checks(bench: Bench) -> None:
     check_atomics(bench)
     check_warps_and_clocks(bench)
     check_dependent_launches(bench)
+    check_pairs_of_warps(bench)
     for hint, is_inverted in COPY_VARIANTS:
         check_bulk_copies(bench, hint, is_inverted)
     for scope in Scope:
@@ -151,6 +154,14 @@ def check_dependent_launches(bench: Bench) -> None:
     torch.cuda.synchronize(bench.device)
     is_right = bool((values == num_launches).all())
     bench.report("programmatic dependent launches", f"{num_launches} in a chain", is_right)
+
+
+def check_pairs_of_warps(bench: Bench) -> None:
+    grid, block, num_rounds = 4, 256, bench.size(10_000, 20)
+    num_wrong = torch.full((grid * block,), -1, dtype=torch.int32, device=bench.device)
+    params = MeetPairsParams(num_wrong=num_wrong.data_ptr(), num_rounds=num_rounds)
+    bench.run(meet_pairs_spec(), params, grid=grid, block=block)
+    bench.report("barriers of pairs of warps", f"{num_rounds} rounds", bool((num_wrong == 0).all()))
 
 
 def check_bulk_copies(bench: Bench, hint: CacheHint, is_inverted: bool) -> None:

@@ -78,6 +78,12 @@ class ChainParams(ParamsStruct):
     _fields_ = (("values", Pointer), ("delay_ns", UInt64))
 
 
+class MeetPairsParams(ParamsStruct):
+    __slots__ = ()
+    cuda_name = "device_tests::MeetPairsParams"
+    _fields_ = (("num_wrong", Pointer), ("num_rounds", Int32))
+
+
 class CacheHint(enum.IntEnum):
     NONE = 0
     EVICT_FIRST = 1
@@ -249,6 +255,10 @@ def _spec(
     )
 
 
+def meet_pairs_spec() -> KernelSpec:
+    return _spec("meet_pairs", "words", MeetPairsParams)
+
+
 def copy_words_spec() -> KernelSpec:
     return _spec("copy_words", "words", CopyWordsParams)
 
@@ -300,6 +310,7 @@ def all_specs() -> list[KernelSpec]:
         count_spec(),
         inspect_spec(),
         chain_spec(),
+        meet_pairs_spec(),
         *(copy_bytes_spec(hint=hint, is_inverted=is_inverted) for hint, is_inverted in COPY_VARIANTS),
         *(ping_pong_spec(scope=scope, is_counted=is_counted) for scope in Scope for is_counted in (False, True)),
         talk_spec(),

@@ -4,6 +4,7 @@
 #include <deep_ep_core/ptx/atom.cuh>
 #include <deep_ep_core/ptx/grid_dependency.cuh>
 #include <deep_ep_core/ptx/ld.cuh>
+#include <deep_ep_core/ptx/named_barrier.cuh>
 #include <deep_ep_core/ptx/red.cuh>
 #include <deep_ep_core/ptx/st.cuh>
 #include <deep_ep_core/ptx/timer.cuh>
@@ -150,6 +151,28 @@ __device__ __forceinline__ void chain(const ChainParams& p) {
     const unsigned long long begin_ns = ptx::globaltimer_ns();
     while (ptx::globaltimer_ns() - begin_ns < p.delay_ns) ptx::sleep_ns(200);
     p.values[idx] = value + 1;
+}
+
+// In each round every warp reads what the other one of its pair has written, and only the pair has met in between.
+struct MeetPairsParams {
+    unsigned* num_wrong;  // [threads]
+    int num_rounds;
+};
+
+// For blocks of whole pairs of warps, at most 15.
+__device__ __forceinline__ void meet_pairs(const MeetPairsParams& p) {
+    __shared__ unsigned words[1024];
+    const unsigned thread_idx = threadIdx.x, partner_idx = thread_idx ^ 32;
+    const int pair = static_cast<int>(thread_idx) / 64;
+    unsigned num_wrong = 0;
+    for (int round = 0; round < p.num_rounds; ++round) {
+        const unsigned base = static_cast<unsigned>(round) * 1024;
+        words[thread_idx] = base + thread_idx;
+        ptx::named_barrier_sync(1 + pair, 64);
+        num_wrong += words[partner_idx] != base + partner_idx;
+        ptx::named_barrier_sync(1 + pair, 64);
+    }
+    p.num_wrong[global_thread_idx()] = num_wrong;
 }
 
 }  // namespace device_tests
