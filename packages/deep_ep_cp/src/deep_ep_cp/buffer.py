@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from deep_ep_core.align import align_up
 from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, StreamOptions, comm_stream
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 from deep_ep_cp.backend import Backend, SessionCall
-from deep_ep_cp.checks import check_shapes, check_sum_inputs, check_tensors, rejected
+from deep_ep_cp.checks import check_shapes, check_sum_inputs, check_tensors
 from deep_ep_cp.collective import OPERATIONS, CollectiveBackend
 from deep_ep_cp.handle import SessionHandle
 from deep_ep_cp.region import Region, session_bytes

@@ -7,15 +7,10 @@ from typing import Any
 
 import torch
 
-from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_cp.reduction import SUM_DTYPES
 
-__all__ = ["check_shapes", "check_sum_inputs", "check_tensors", "rejected"]
-
-
-def rejected(rank: int, must: str, got: object, remedy: str) -> ConfigError:
-    """The error for an argument that cannot be taken."""
-    return ConfigError(f"{must} (got {got}, on rank {rank}); {remedy}")
+__all__ = ["check_shapes", "check_sum_inputs", "check_tensors"]
 
 
 def check_tensors(call: str, tensors: Any, *, device: torch.device, rank: int) -> list[torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import EventOverlap
-from deep_ep_cp.checks import rejected
 from deep_ep_cp.session import Session
 
 __all__ = ["SessionHandle"]

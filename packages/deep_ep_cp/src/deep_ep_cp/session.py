@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from deep_ep_core.align import align_up
-from deep_ep_cp.checks import rejected
+from deep_ep_core.refusals import rejected
 from deep_ep_cp.region import REGION_ALIGNMENT_BYTES, Region
 
 __all__ = ["MAX_CALLS_PER_SESSION", "Session", "SessionConfig"]

@@ -14,6 +14,7 @@ import torch
 
 from deep_ep_core.align import align_up
 from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.transport import AgreedField
 from deep_ep_engram.sizing import SIZE_ALIGNMENT_BYTES, STORAGE_DTYPES
 
@@ -29,7 +30,6 @@ __all__ = [
     "check_sf_rows",
     "check_table",
     "check_write",
-    "rejected",
 ]
 
 BackendName = Literal["auto", "collective", "device"]
@@ -109,11 +109,6 @@ class FetchArgs:
     indices: torch.Tensor
     num_qps: int
     use_tma_aligned_col_major_sf: bool
-
-
-def rejected(rank: int, must: str, got: object, remedy: str) -> ConfigError:
-    """The error for an argument that cannot be taken."""
-    return ConfigError(f"{must} (got {got}, on rank {rank}); {remedy}")
 
 
 def _shown(value: Any) -> str:

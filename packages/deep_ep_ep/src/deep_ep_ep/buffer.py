@@ -18,6 +18,7 @@ from deep_ep_core.env import get_env
 from deep_ep_core.errors import ConfigError, RankMismatchError
 from deep_ep_core.links import nvlink_gbs as detect_nvlink_gbs
 from deep_ep_core.links import rdma_gbs as detect_rdma_gbs
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, comm_stream
 from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport
@@ -30,7 +31,6 @@ from deep_ep_ep.checks import (
     check_combine,
     check_dispatch,
     check_streams,
-    rejected,
 )
 from deep_ep_ep.choice import BackendName, DeviceOpener, RecvMemory, agreed_by_choice, check_choice
 from deep_ep_ep.collective import OPERATIONS, CollectiveBackend

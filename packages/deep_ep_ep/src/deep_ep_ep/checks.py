@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from deep_ep_core.align import ceil_div
-from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import EventHandle, EventOverlap, StreamOptions
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.reduction import COMBINE_DTYPES
@@ -29,7 +29,6 @@ __all__ = [
     "check_dispatch",
     "check_streams",
     "check_topk_values",
-    "rejected",
 ]
 
 TOPK_IDX_DTYPES = (torch.int64, torch.int32)
@@ -119,11 +118,6 @@ class CombineArgs:
     kind: CallKind
     num_sms: int
     num_qps: int
-
-
-def rejected(rank: int, must: str, got: object, remedy: str) -> ConfigError:
-    """The error for an argument that cannot be taken."""
-    return ConfigError(f"{must} (got {got}, on rank {rank}); {remedy}")
 
 
 def _shown(tensor: torch.Tensor) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from deep_ep_core.domains import detect_topology
 from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, comm_stream
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 from deep_ep_legacy.checks import (
@@ -24,7 +25,6 @@ from deep_ep_legacy.checks import (
     check_dispatch,
     check_layout,
     check_streams,
-    rejected,
 )
 from deep_ep_legacy.collective import OPERATIONS, CollectiveBackend
 from deep_ep_legacy.communicator import MpiCommunicator, group_of_communicator

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import EventHandle, EventOverlap, StreamOptions
 from deep_ep_legacy.config import Config
 from deep_ep_legacy.handles import Handle, RoutingPlan, as_handle, plan_of
@@ -21,7 +21,6 @@ __all__ = [
     "check_dispatch",
     "check_layout",
     "check_streams",
-    "rejected",
 ]
 
 _ROW_UNIT_BYTES = 16
@@ -75,11 +74,6 @@ class CombineArgs:
     biases: Sequence[torch.Tensor]
     handle: Handle
     plan: RoutingPlan
-
-
-def rejected(rank: int, must: str, got: object, remedy: str) -> ConfigError:
-    """The error for an argument that cannot be taken."""
-    return ConfigError(f"{must} (got {got}, on rank {rank}); {remedy}")
 
 
 def _shown(value: Any) -> str:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from deep_ep_core.refusals import rejected
 from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport, Operation, Rows
-from deep_ep_legacy.checks import CombineArgs, DispatchArgs, rejected
+from deep_ep_legacy.checks import CombineArgs, DispatchArgs
 from deep_ep_legacy.handles import Handle, InternodeHandle, IntranodeHandle, RoutingPlan
 from deep_ep_legacy.layout import channel_ends, queue_position, received_channel_starts
 

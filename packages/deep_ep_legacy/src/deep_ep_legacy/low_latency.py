@@ -12,6 +12,7 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, EventOverlap, StreamOptions
 from deep_ep_core.transport import CollectiveTransport
 from deep_ep_legacy.low_latency_checks import (
@@ -23,7 +24,6 @@ from deep_ep_legacy.low_latency_checks import (
     check_mask_status,
     check_sizes,
     check_streams,
-    rejected,
 )
 from deep_ep_legacy.low_latency_combine import CombineArgs, CombineUnderWay
 from deep_ep_legacy.low_latency_dispatch import DispatchArgs, DispatchUnderWay

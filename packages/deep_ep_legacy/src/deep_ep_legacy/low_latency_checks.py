@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.transport import AgreedField
 from deep_ep_legacy.logfmt import CHANNEL_MULTIPLE
 from deep_ep_legacy.low_latency_fp8 import CHANNELS_PER_PACK, CHANNELS_PER_SCALE
@@ -20,7 +20,6 @@ __all__ = [
     "check_mask_status",
     "check_sizes",
     "check_streams",
-    "rejected",
 ]
 
 Handle = tuple[torch.Tensor, torch.Tensor, int, int, int]
@@ -36,11 +35,6 @@ class _Want(NamedTuple):
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     meaning: str
-
-
-def rejected(rank: int, must: str, got: object, remedy: str) -> ConfigError:
-    """The error for an argument that cannot be taken."""
-    return ConfigError(f"{must} (got {got}, on rank {rank}); {remedy}")
 
 
 def _shown(value: Any) -> str:

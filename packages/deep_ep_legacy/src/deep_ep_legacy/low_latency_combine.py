@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from deep_ep_core.refusals import rejected
 from deep_ep_legacy.logfmt import decode_rows, encode_rows
-from deep_ep_legacy.low_latency_checks import Handle, agreed_sizes, rejected
+from deep_ep_legacy.low_latency_checks import Handle, agreed_sizes
 from deep_ep_legacy.low_latency_exchange import RowExchange, add_wait_ns
 from deep_ep_legacy.low_latency_layout import rows_to_return, select, sum_in_topk_order
 from deep_ep_legacy.low_latency_peers import Peers

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 from deep_ep_pp import sizing
 from deep_ep_pp.backend import Backend
-from deep_ep_pp.checks import check_config, check_constructor, check_message, check_peer, rejected
+from deep_ep_pp.checks import check_config, check_constructor, check_message, check_peer
 from deep_ep_pp.collective import OPERATIONS, PROTOCOL_VERSION, CollectiveBackend
 from deep_ep_pp.sizing import PipelineConfig
 

@@ -8,20 +8,16 @@ from typing import TypeGuard
 import torch
 
 from deep_ep_core.errors import ConfigError
+from deep_ep_core.refusals import rejected
 from deep_ep_pp.sizing import BUFFER_ALIGNMENT_BYTES, PipelineConfig, link_bytes, message_bytes, peers_with_slots
 
-__all__ = ["MAX_TENSORS", "check_config", "check_constructor", "check_message", "check_peer", "rejected"]
+__all__ = ["MAX_TENSORS", "check_config", "check_constructor", "check_message", "check_peer"]
 
 MAX_TENSORS = 32
 """Most tensors of a message: their sizes travel in a header of fixed length."""
 
 # A year. The group's backends count in milliseconds of few bits, and none knows infinity.
 _MAX_TIMEOUT_S = 365 * 24 * 3600
-
-
-def rejected(rank: int, must: str, got: object, remedy: str) -> ConfigError:
-    """The error for an argument that cannot be taken."""
-    return ConfigError(f"{must} (got {got}, on rank {rank}); {remedy}")
 
 
 def check_constructor(

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from deep_ep_core.errors import CommTimeoutError, ConfigError, TransportError
+from deep_ep_core.refusals import rejected
 from deep_ep_core.transport import AgreedField, CollectiveTransport
-from deep_ep_pp.checks import MAX_TENSORS, rejected
+from deep_ep_pp.checks import MAX_TENSORS
 from deep_ep_pp.late_peer import LatePeers
 from deep_ep_pp.sizing import PipelineConfig
 

@@ -10,11 +10,12 @@ from deep_ep_core.cuda_streams import RecordedEvent
 from deep_ep_core.errors import CompileError, ConfigError, DeepEPError, TopologyError, TransportError
 from deep_ep_core.jit import get_kernel
 from deep_ep_core.nccl import Communicator
+from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, comm_stream
 from deep_ep_core.stream_order import CudaStreamOrder
 from deep_ep_core.transport import CollectiveTransport
 from deep_ep_ep.backend import CombineResult, DispatchResult
-from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs, rejected
+from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs
 from deep_ep_ep.collective import CollectiveBackend
 from deep_ep_ep.device.combine import Combiner
 from deep_ep_ep.device.combine_kernel import combine_spec
