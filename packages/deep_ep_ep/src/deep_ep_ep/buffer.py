@@ -6,13 +6,16 @@ It moves nothing itself: arguments are checked in `checks`, rows are moved by a 
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from deep_ep_core.align import align_up
+from deep_ep_core.backend_choice import DeviceOpener
 from deep_ep_core.domains import detect_topology
 from deep_ep_core.env import get_env
 from deep_ep_core.errors import ConfigError, RankMismatchError
@@ -32,7 +35,7 @@ from deep_ep_ep.checks import (
     check_dispatch,
     check_streams,
 )
-from deep_ep_ep.choice import BackendName, DeviceOpener, RecvMemory, agreed_by_choice, check_choice
+from deep_ep_ep.choice import BackendName, RecvMemory, agreed_by_choice, check_choice
 from deep_ep_ep.collective import OPERATIONS, CollectiveBackend
 from deep_ep_ep.handle import EPHandle
 from deep_ep_ep.kinds import Kinds, combine_key, dispatch_key
@@ -54,6 +57,9 @@ from deep_ep_ep.sm_model import (
     theoretical_num_sms,
 )
 
+if TYPE_CHECKING:
+    from deep_ep_core.nccl import Communicator
+
 __all__ = ["ElasticBuffer", "get_logical_domain_size", "get_physical_domain_size", "live_buffer", "topk_idx_t"]
 
 topk_idx_t = torch.int64
@@ -62,6 +68,7 @@ topk_idx_t = torch.int64
 _DEFAULT_NUM_QPS_DIRECT = 17
 _DEFAULT_NUM_QPS_HYBRID = 129
 
+_logger = logging.getLogger("deep_ep_ep")
 _buffer_ids = itertools.count(1)
 # Operators name a buffer by its number; the buffer lives as long as its owner keeps it.
 _live_buffers: weakref.WeakValueDictionary[int, ElasticBuffer] = weakref.WeakValueDictionary()
@@ -102,6 +109,24 @@ def get_logical_domain_size(group: dist.ProcessGroup | None, allow_hybrid_mode: 
 
 def _logical(physical: Topology, allow_hybrid_mode: bool) -> Topology:
     return physical if allow_hybrid_mode else physical.flattened()
+
+
+def _open_device(
+    transport: CollectiveTransport,
+    communicator: Communicator,
+    collective: CollectiveBackend,
+    facts: BufferFacts,
+    *,
+    num_bytes: int,
+    recv_memory: RecvMemory,
+    gpu_timeout_s: float,
+) -> Backend:
+    from deep_ep_ep.device.backend import DeviceBackend, open_context  # only where there is a GPU to use it on
+
+    context = open_context(
+        transport, communicator, num_bytes=num_bytes, recv_memory=recv_memory, gpu_timeout_s=gpu_timeout_s
+    )
+    return DeviceBackend(context, collective, facts)
 
 
 class ElasticBuffer:
@@ -218,12 +243,7 @@ class ElasticBuffer:
         has_cuda = torch.cuda.is_available()
         self._device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
         opener = DeviceOpener(
-            transport,
-            self._device,
-            backend=backend,
-            recv_memory=recv_memory,
-            cpu_timeout_s=float(num_cpu_timeout_secs),
-            gpu_timeout_s=float(num_gpu_timeout_secs),
+            transport, self._device, backend=backend, timeout_s=float(num_cpu_timeout_secs), logger=_logger
         )
         # Where NCCL is used, it knows best which ranks share a domain.
         opener.open_communicator()
@@ -257,8 +277,22 @@ class ElasticBuffer:
         self._dispatch_kinds: Kinds[CallKind] = Kinds()
         self._combine_kinds: Kinds[CallKind] = Kinds()
         collective = CollectiveBackend(transport, self._topology, self._facts)
-        self.runtime: Backend | None = opener.open_backend(collective, self._facts, num_bytes=num_bytes)
-        self.nccl_comm_handle = opener.nccl_comm_handle
+        self.runtime: Backend | None = collective
+        device_backend = opener.open_backend(
+            lambda communicator: _open_device(
+                transport,
+                communicator,
+                collective,
+                self._facts,
+                recv_memory=recv_memory,
+                num_bytes=num_bytes,
+                gpu_timeout_s=float(num_gpu_timeout_secs),
+            )
+        )
+        if device_backend is not None:
+            assert opener.communicator is not None, "the backend was made of it"
+            self.runtime = device_backend
+            self.nccl_comm_handle = opener.communicator.handle
         if get_env().buffer_debug and self.rank_idx == 0:
             print(f"{self!r}: physical domains (R, V) = {self.get_physical_domain_size()}", flush=True)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deep_ep_core.backend_choice import OPEN_DEVICE
 from deep_ep_core.stream import CommScope
 from deep_ep_core.topology import Topology
 from deep_ep_core.transport import CollectiveTransport, Operation, Rows
@@ -24,7 +25,7 @@ from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 
 __all__ = ["OPERATIONS", "CollectiveBackend"]
 
-OPERATIONS = ("open", "open the device backend", "barrier", "dispatch", "combine")
+OPERATIONS = ("open", OPEN_DEVICE, "barrier", "dispatch", "combine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
+from deep_ep_core.backend_choice import count_gpu_ranks, open_together
 from deep_ep_core.cuda_streams import RecordedEvent
-from deep_ep_core.errors import CompileError, ConfigError, DeepEPError, TopologyError, TransportError
 from deep_ep_core.jit import get_kernel
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.refusals import rejected
@@ -25,10 +23,7 @@ from deep_ep_ep.device.dispatch_kernel import all_dispatch_configs, dispatch_spe
 from deep_ep_ep.device.plan import DevicePlan
 from deep_ep_ep.handle import EPHandle, Plan
 
-__all__ = ["OPEN_DEVICE", "DeviceBackend", "open_context"]
-
-OPEN_DEVICE = "open the device backend"
-"""Name of the operation of the transport by which ranks agree to use this backend."""
+__all__ = ["DeviceBackend", "open_context"]
 
 
 class DeviceBackend:
@@ -177,14 +172,9 @@ def open_context(
 
     Collective: yes.
     """
-    gpu = torch.cuda.get_device_properties(communicator.device)
-    gpu_name = f"{getattr(gpu, 'uuid', '')} {gpu.name}"
-    gpu_id = int.from_bytes(hashlib.sha256(gpu_name.encode()).digest()[:7], "little")
-    operation = transport.begin(OPEN_DEVICE, [], [[gpu_id]] * transport.num_ranks)
-    num_gpu_ranks = sum(values[0] == gpu_id for values in operation.peer_values)
-    context: DeviceContext | None = None
-    failure: DeepEPError | None = None
-    try:
+    num_gpu_ranks = count_gpu_ranks(transport, communicator.device)
+
+    def make() -> DeviceContext:
         context = DeviceContext(
             communicator,
             num_bytes=num_bytes,
@@ -193,22 +183,9 @@ def open_context(
             num_gpu_ranks=num_gpu_ranks,
         )
         _load_kernels(context)
-    except (TransportError, TopologyError, CompileError, ConfigError) as error:
-        # Told to the others before it is raised: they must not begin to use what a rank does not have.
-        failure = error
-    ready = transport.begin(OPEN_DEVICE, [], [[int(failure is None)]] * transport.num_ranks)
-    if all(values[0] for values in ready.peer_values):
-        assert context is not None
         return context
-    if context is not None:
-        context.close()
-    if failure is not None:
-        raise failure
-    missing = [rank for rank, values in enumerate(ready.peer_values) if not values[0]]
-    raise TransportError(
-        f"all ranks must open the device backend (got a failure on rank {', '.join(map(str, missing))}, seen on rank "
-        f"{transport.rank}); the error of that rank says why"
-    )
+
+    return open_together(transport, make)
 
 
 def _load_kernels(context: DeviceContext) -> None:
