@@ -21,7 +21,7 @@ from deep_ep_core.local import LaunchConfig, RankPool, mps
 
 PROGRAMS = Path(__file__).parent / "programs"
 JOURNAL_RANK = str(PROGRAMS / "journal_rank.py")
-SHARED = ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_MAX_CTAS")
+SHARED = ("NCCL_MULTI_RANK_GPU_ENABLE", "NCCL_MAX_CTAS", "CUDA_DEVICE_MAX_CONNECTIONS")
 NO_MPS_LINE = re.compile(r"^deep_ep_core.local: 2 ranks share 1 GPU without MPS \((.*)\), so each .* about 2 ms$", re.M)
 
 
@@ -119,7 +119,7 @@ def test_ranks_of_one_gpu_run_between_start_and_quit_of_their_daemon(machine, ca
         assert environment["CUDA_MPS_PIPE_DIRECTORY"] == str(pipe)
         assert environment["CUDA_MPS_LOG_DIRECTORY"] == str(log)
         assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-0"
-        assert [environment[name] for name in (*SHARED, "NCCL_LSA_TEAM_SIZE")] == ["1", "2", "2"]
+        assert [environment[name] for name in (*SHARED, "NCCL_LSA_TEAM_SIZE")] == ["1", "2", "8", "2"]
     assert sorted(environments(captured.out)) == [0, 1, 2, 3]
     assert captured.err == ""
     gpu.assert_nothing_is_left()
