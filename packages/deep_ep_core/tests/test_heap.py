@@ -674,6 +674,28 @@ def test_what_lies_behind_a_taken_tensor_waits_for_the_stream_that_reserved():
     del tensor, rest
 
 
+def test_a_place_that_is_reserved_again_and_again_stays_in_one_piece():
+    """Else each round would cost an event more, and a search for two pieces to join."""
+    order = FakeOrder()
+    heap = make_heap(4096, order=order)
+    for num_rounds in range(1, 4):
+        reservation = heap.try_reserve(1024)
+        assert reservation.offset == 0
+        tensor = reservation.take((256,), torch.uint8)
+        del tensor
+        assert len(order.events) == num_rounds
+
+
+def test_what_lies_behind_a_tensor_that_died_is_cut_off_no_more():
+    heap = make_heap(1024)
+    tensor = heap.try_reserve(1024).take((256,), torch.uint8)
+    del tensor
+    whole = heap.empty((1024,), torch.uint8)
+    assert heap.try_empty((1,), torch.uint8) is None
+    assert heap.stats().used_bytes == 1024
+    del whole
+
+
 def test_a_reservation_that_is_dropped_goes_back_whole():
     heap = make_heap(1024)
     reservation = heap.try_reserve(1000)

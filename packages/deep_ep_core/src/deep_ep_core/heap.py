@@ -76,15 +76,21 @@ class Reservation:
 
     Attributes:
         offset: Where it begins, in bytes from the heap's address.
+        address: Where it begins in memory.
     """
+
+    __slots__ = ("_heap", "_region", "address", "offset")
 
     def __init__(self, heap: Heap, region: _Region) -> None:
         self._heap = heap
         self._region: _Region | None = region
         self.offset = region.place.offset
+        self.address = heap._address + self.offset
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The tensor that begins where the region does; what lies behind it goes back to the heap. Once only.
+        """The tensor that begins where the region does. Once only.
+
+        What lies behind it goes back to the heap, at the latest when something else has no room otherwise.
 
         Args:
             shape: Its shape; it must fit in the region.
@@ -93,7 +99,7 @@ class Reservation:
         Raises:
             ConfigError: It does not fit, or was taken already.
 
-        Stream: what lies behind it is free behind the work that the current stream has now.
+        Stream: what lies behind it is free behind the work that the region's streams have when it goes back.
         """
         region, self._region = self._region, None
         if region is None:
@@ -160,6 +166,9 @@ class Heap:
         self._waited: dict[tuple[int, int], int] = {}
         self._under_way: dict[int, int] = {}
         self._regions: dict[int, _Region] = {}
+        # Regions of which a tensor took a part, by offset, and the size of that part. The rest goes back when there is
+        # no room without it; otherwise with the tensor, so that a region that is reserved again and again is one piece.
+        self._part_bytes: dict[int, tuple[_Region, int]] = {}
         self._used_bytes = self._peak_used_bytes = 0
         # Regions whose last view died, and of those the ones without fences. A storage may die anywhere, also inside
         # this class, so its death only adds to a queue.
@@ -233,16 +242,20 @@ class Heap:
                 f"a tensor must fit in its reservation of {place.num_bytes} bytes (got {num_bytes} for {list(shape)} "
                 f"{dtype}); reserve more"
             )
-        if num_bytes < place.num_bytes:
-            rest = FreeRange(
-                offset=place.offset + num_bytes, num_bytes=place.num_bytes - num_bytes, capture=place.capture
-            )
-            tail = _Region(place=rest, streams=set(region.streams))
-            with self._lock:
-                place.num_bytes = num_bytes
-                self._regions[rest.offset] = tail
-            self._release(tail)
+        with self._lock:
+            if num_bytes < place.num_bytes:
+                self._part_bytes[place.offset] = region, num_bytes
         return self._tensor(region, shape, dtype)
+
+    def _cut_parts(self) -> None:
+        """Give back what lies behind the tensors that took a part of their regions."""
+        while self._part_bytes:
+            offset, (region, num_bytes) = self._part_bytes.popitem()
+            place = region.place
+            rest = FreeRange(offset=offset + num_bytes, num_bytes=place.num_bytes - num_bytes, capture=place.capture)
+            place.num_bytes = num_bytes
+            behind = self._regions[rest.offset] = _Region(place=rest, streams=set(region.streams))
+            self._release(behind)
 
     def _tensor(self, region: _Region, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
@@ -283,6 +296,8 @@ class Heap:
         """What the heap is used for now."""
         with self._lock:
             self._take_back()
+            self._cut_parts()
+            self._take_back()
             self._join_parked()
             free_bytes = [free.num_bytes for free in self._free if free.capture is None]
             return HeapStats(
@@ -315,6 +330,10 @@ class Heap:
             stream = self._order.current()
             capture = self._order.capture_of(stream)
             place = self._take(num_bytes, stream, capture)
+            if place is None and self._part_bytes:
+                self._cut_parts()
+                self._take_back()
+                place = self._take(num_bytes, stream, capture)
             if place is None:
                 return None
             region = _Region(place=place, streams={stream})
@@ -449,6 +468,7 @@ class Heap:
         place = region.place
         place.fences = fences
         del self._regions[place.offset]
+        self._part_bytes.pop(place.offset, None)
         self._used_bytes -= place.num_bytes
         self._parked.setdefault(place.num_bytes, []).append(place)
 

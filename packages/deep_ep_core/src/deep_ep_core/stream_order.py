@@ -113,7 +113,10 @@ class CudaStreamOrder:
     def _stream(self, handle: int) -> torch.cuda.Stream:
         stream = self._streams.get(handle)
         if stream is None:
-            stream = self._streams[handle] = torch.cuda.ExternalStream(handle, self._device)
+            # Torch takes the handle 0 for none, and would give a stream of its pool.
+            device = self._device
+            stream = torch.cuda.ExternalStream(handle, device) if handle else torch.cuda.default_stream(device)
+            self._streams[handle] = stream
         return stream
 
 

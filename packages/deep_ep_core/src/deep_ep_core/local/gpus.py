@@ -15,11 +15,11 @@ from deep_ep_core.errors import ConfigError
 
 __all__ = ["SHARED_GPU_DEFAULTS", "find_gpus", "parse_visible_devices", "visible_devices"]
 
-# What NCCL and CUDA need where ranks share a GPU, unless the user's environment says otherwise. NCCL refuses two ranks of one
-# GPU without the first. Kernels of all ranks wait for each other, so they must fit on the GPU at once: with NCCL's own
-# default number of blocks, 4 ranks on an H100 hung in their first all-reduce (NCCL 2.30.7, 2026-11-24). A client of MPS
-# has few hardware queues, and streams of a process share them: what a waiting kernel waits for must not be queued
-# behind it. With the default, signals of the loopback network were, now and then; with 8 queues never.
+# What NCCL and CUDA need where ranks share a GPU, unless the user's environment says otherwise. NCCL refuses two ranks
+# of one GPU without the first. Kernels of all ranks wait for each other, so they must fit on the GPU at once: with
+# NCCL's own default number of blocks, 4 ranks on an H100 hung in their first all-reduce (NCCL 2.30.7, 2026-11-24). A
+# client of MPS has few hardware queues, and streams of a process share them: what a waiting kernel waits for must not
+# be queued behind it. With the default, signals of the loopback network were, now and then; with 8 queues never.
 SHARED_GPU_DEFAULTS: Mapping[str, str] = {
     "NCCL_MULTI_RANK_GPU_ENABLE": "1",
     "NCCL_MAX_CTAS": "2",
