@@ -9,24 +9,30 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from deep_ep_core.backend_choice import OPEN_DEVICE, BackendName, DeviceOpener, agreed_by_backend
 from deep_ep_core.errors import ConfigError, RankMismatchError
 from deep_ep_core.refusals import rejected
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 from deep_ep_pp import sizing
 from deep_ep_pp.backend import Backend
 from deep_ep_pp.checks import check_config, check_constructor, check_message, check_peer
-from deep_ep_pp.collective import OPERATIONS, PROTOCOL_VERSION, CollectiveBackend
+from deep_ep_pp.collective import PROTOCOL_VERSION, CollectiveBackend
+from deep_ep_pp.ledger import PP_SET_CONFIG, Ledger
 from deep_ep_pp.sizing import PipelineConfig
+
+if TYPE_CHECKING:
+    from deep_ep_core.nccl import Communicator
 
 __all__ = ["BackendName", "PipelineBuffer"]
 
-BackendName = Literal["auto", "collective", "device"]
-"""What `PipelineBuffer` may be asked for."""
+# What all ranks do together.
+_OPEN = "open"
+_OPERATIONS = (_OPEN, OPEN_DEVICE, PP_SET_CONFIG)
 
 _logger = logging.getLogger("deep_ep_pp")
 
@@ -34,19 +40,23 @@ _logger = logging.getLogger("deep_ep_pp")
 class PipelineBuffer:
     """Send and receive between any two ranks of a group, with a window of messages on their way.
 
-    Messages from one rank to another are received in the order in which they were sent. A send returns at once while
+    Messages from one rank to another are received in the order in which they were sent. A send goes on at once while
     fewer than `num_max_inflight_tensors` of them are on their way; then it waits until the receiver asks for the
     oldest. Both directions of two ranks, and all pairs, are independent of each other.
+
+    On the device backend calls are enqueued in the current stream, and it is the stream that waits: for a place in the
+    window, and for messages. On the collective backend the host waits.
 
     Args:
         group: Any `torch.distributed` group that has a store; None for the default group.
         num_bytes: Size of the buffer, a multiple of 2 MiB, as `get_pp_buffer_size_hint` gives it; None takes what
             `pp_set_config` needs for messages between any two ranks. With less, messages go to the nearest ranks in
-            the ring, as many as there is room for. The collective backend allocates nothing ahead, but holds calls to
-            the size. Must be alike on all ranks.
-        num_cpu_timeout_secs: How long a call may wait for another rank before it names it and raises.
-        backend: "collective" runs on any group. "device" is not part of this version. "auto" takes "collective", and
-            logs so. Must be alike on all ranks.
+            the ring, as many as there is room for. Memory is taken by `pp_set_config`, on the device backend only: not
+            more than this, and 512 bytes a message. Must be alike on all ranks.
+        num_cpu_timeout_secs: How long a call, or a wait in a stream, may wait for another rank before it is named.
+        backend: "device" moves messages by copy engines in the current stream, and over GIN between nodes; it needs
+            GPUs and NCCL. "collective" runs on any group, through host memory. "auto" takes "device" where the group
+            has a CUDA backend and it can be opened, else "collective", and logs why. Must be alike on all ranks.
 
     Attributes:
         group, rank_idx, num_ranks: The group and this rank's place in it.
@@ -55,9 +65,10 @@ class PipelineBuffer:
         runtime: The backend; None after `close`.
 
     Raises:
-        ConfigError: An argument cannot be taken.
+        ConfigError: An argument cannot be taken, or the device backend was asked for and cannot be had.
         RankMismatchError: Ranks passed different arguments.
         CommTimeoutError: A rank did not take part.
+        TransportError, CompileError: The device backend was asked for, and does not open.
 
     Collective: yes. `close` and dropping the buffer are not.
 
@@ -72,31 +83,31 @@ class PipelineBuffer:
         *,
         backend: BackendName = "auto",
     ) -> None:
-        backends: tuple[str, ...] = get_args(BackendName)
-        check_constructor(num_bytes, num_cpu_timeout_secs, backend, backends)
-        transport = CollectiveTransport(
-            group, timeout_s=float(num_cpu_timeout_secs), name="PipelineBuffer", operations=OPERATIONS
-        )
+        check_constructor(num_bytes, num_cpu_timeout_secs, backend)
+        timeout_s = float(num_cpu_timeout_secs)
+        transport = CollectiveTransport(group, timeout_s=timeout_s, name="PipelineBuffer", operations=_OPERATIONS)
         transport.begin(
-            "open",
+            _OPEN,
             [
                 AgreedField(name="version of messages", value=PROTOCOL_VERSION),
                 AgreedField(name="num_bytes", value=-1 if num_bytes is None else num_bytes, show=_show_num_bytes),
-                AgreedField(name="backend", value=backends.index(backend), show=lambda value: backends[value]),
+                *agreed_by_backend(backend),
             ],
         )
-        if backend == "device":
-            raise ConfigError(
-                'backend="device" is not part of this version of deep-ep-pp; use backend="auto" or "collective"'
-            )
-        if backend == "auto":
-            _logger.info("PipelineBuffer uses the collective backend: this version has no other")
+        ledger = Ledger(transport)
+        device = torch.device("cpu")
+        if backend != "collective" and torch.cuda.is_available():
+            # Makes a CUDA context where there is none yet.
+            device = torch.device("cuda", torch.cuda.current_device())
+        opener = DeviceOpener(transport, device, backend=backend, timeout_s=timeout_s, logger=_logger)
+        opener.open_communicator()
+        device_backend = opener.open_backend(lambda communicator: _open_device(ledger, communicator))
         self.group: dist.ProcessGroup = transport.group
         self.rank_idx = transport.rank
         self.num_ranks = transport.num_ranks
         self.num_bytes = num_bytes
         self.config: PipelineConfig | None = None
-        self.runtime: Backend | None = CollectiveBackend(transport)
+        self.runtime: Backend | None = CollectiveBackend(ledger) if device_backend is None else device_backend
 
     @staticmethod
     def get_pp_buffer_size_hint(num_max_tensor_bytes: int, num_max_inflight_tensors: int, num_peers: int = 2) -> int:
@@ -124,12 +135,12 @@ class PipelineBuffer:
             ConfigError: An argument cannot be taken, the buffer is too small, or a message was not received.
             RankMismatchError: Ranks passed different arguments.
             CommTimeoutError: A rank did not take part.
-            TransportError: An earlier call failed.
+            TransportError: An earlier call failed, or there is not enough memory for the slots.
 
-        Collective: yes.
+        Collective: yes. Stream: the host waits until all messages have been taken, in whatever streams they are.
         """
         runtime = self._open_runtime()
-        with self._telling_refusals(runtime, "pp_set_config"):
+        with self._telling_refusals(runtime, PP_SET_CONFIG):
             config = check_config(
                 self.rank_idx, self.num_ranks, self.num_bytes, num_max_tensor_bytes, num_max_inflight_tensors
             )
@@ -142,17 +153,20 @@ class PipelineBuffer:
 
         Args:
             t: The message: a tensor, or a list or tuple of 1 to 32 tensors on one device. Any shape and dtype, also
-                without elements, contiguous. It may be overwritten when the call is over.
+                without elements, contiguous. It may be overwritten when the call is over; on the device backend, by
+                what follows in the stream.
             dst_rank_idx: Rank in the group.
-            num_sms: Accepted for callers of upstream; has no effect.
+            num_sms: Accepted for callers of upstream; has no effect: no SM is used.
 
         Raises:
-            ConfigError: An argument cannot be taken; nothing was sent.
-            CommTimeoutError: The window stayed full: the receiver is late, dead, or refused.
+            ConfigError: An argument cannot be taken, or a CUDA graph captures the stream; nothing was sent. On the
+                device backend also: a message that was received before had other sizes.
+            CommTimeoutError: The window stayed full: the receiver is late, dead, or refused. On the device backend:
+                that of an earlier call.
             TransportError: An earlier call failed.
 
-        Collective: no, between two ranks. Stream: reads `t` on the current stream; the host waits while the window is
-        full.
+        Collective: no, between two ranks. Stream: reads `t` on the current stream, which waits while the window is
+        full; on the collective backend the host does.
         """
         runtime = self._open_runtime()
         with self._telling_refusals(runtime, "pp_send"):
@@ -168,15 +182,18 @@ class PipelineBuffer:
             t: Where to: as many tensors as were sent, each of as many bytes as the one that was sent; shapes and
                 dtypes are this rank's choice. A list or tuple of one tensor is the same as the tensor. Contiguous.
             src_rank_idx: Rank in the group.
-            num_sms: Accepted for callers of upstream; has no effect.
+            num_sms: Accepted for callers of upstream; has no effect: no SM is used.
 
         Raises:
             ConfigError: An argument cannot be taken, or the message has other sizes; nothing was received, and the
-                message can still be.
-            CommTimeoutError: The message did not come: the sender is late, dead, or refused.
+                message can still be. On the device backend a later call tells of other sizes, `close` at the latest:
+                the message is lost then, and `t` undefined.
+            CommTimeoutError: The message did not come: the sender is late, dead, or refused. On the device backend:
+                that of an earlier call.
             TransportError: An earlier call failed.
 
-        Collective: no, between two ranks. Stream: writes `t` on the current stream; the host waits for the message.
+        Collective: no, between two ranks. Stream: writes `t` on the current stream, which waits for the message. The
+        host waits for it on the collective backend, and where `t` is not on the GPU of the buffer.
         """
         runtime = self._open_runtime()
         with self._telling_refusals(runtime, "pp_recv"):
@@ -190,7 +207,9 @@ class PipelineBuffer:
         Dropping the buffer instead waits for nothing, and loses messages that nobody has asked for yet.
 
         Raises:
-            CommTimeoutError: A receiver is late or dead.
+            CommTimeoutError: A receiver is late or dead; on the device backend also a sender of a message that a
+                stream waits for.
+            ConfigError: A message that was received had other sizes, on the device backend.
 
         Collective: no; other ranks may close later, earlier, or never.
         """
@@ -244,6 +263,12 @@ class PipelineBuffer:
         except ConfigError as error:
             runtime.report_rejection(operation, str(error))
             raise
+
+
+def _open_device(ledger: Ledger, communicator: Communicator) -> Backend:
+    from deep_ep_pp.device.backend import open_device_backend  # only where there is a GPU to use it on
+
+    return open_device_backend(ledger, communicator)
 
 
 def _show_num_bytes(value: int) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
 
+from deep_ep_core.backend_choice import check_backend
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.refusals import rejected
 from deep_ep_pp.sizing import BUFFER_ALIGNMENT_BYTES, PipelineConfig, link_bytes, message_bytes, peers_with_slots
@@ -20,9 +20,7 @@ MAX_TENSORS = 32
 _MAX_TIMEOUT_S = 365 * 24 * 3600
 
 
-def check_constructor(
-    num_bytes: object, num_cpu_timeout_secs: object, backend: object, backends: Sequence[str]
-) -> None:
+def check_constructor(num_bytes: object, num_cpu_timeout_secs: object, backend: object) -> None:
     """Check what a buffer is made with.
 
     Raises:
@@ -38,8 +36,7 @@ def check_constructor(
             f"num_cpu_timeout_secs must be positive and at most {_MAX_TIMEOUT_S} (got {num_cpu_timeout_secs!r}); "
             "pass seconds"
         )
-    if backend not in backends:
-        raise ConfigError(f'backend must be "auto", "collective" or "device" (got {backend!r})')
+    check_backend(backend)
 
 
 def check_config(

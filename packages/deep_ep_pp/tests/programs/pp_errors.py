@@ -116,7 +116,7 @@ REJECTIONS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     ),
     "device backend": (
         lambda: PipelineBuffer(None, None, 20, backend="device"),
-        ('backend="device" is not part of this version', 'use backend="auto" or "collective"'),
+        ('backend="device" needs GPUs (got none: ', 'use backend="auto" or "collective"'),
     ),
 }
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from pp_messages import make_buffer, payload
+from pp_messages import make_buffer, number, payload, space
+from pp_setting import is_on_device, open_buffer, settle
 
 from deep_ep_core.errors import CommTimeoutError, ConfigError, RankMismatchError, TransportError
 from deep_ep_pp import PipelineBuffer
@@ -23,7 +24,7 @@ from deep_ep_pp import PipelineBuffer
 
 def failing_buffer(timeout_s: float) -> PipelineBuffer:
     """A configured buffer with a window of one, on a group of its own."""
-    buffer = PipelineBuffer(dist.new_group(), num_cpu_timeout_secs=timeout_s)
+    buffer = open_buffer(dist.new_group(), timeout_s=timeout_s)
     buffer.pp_set_config(64, 1)
     return buffer
 
@@ -36,13 +37,26 @@ def failure_of(call: Callable[[], object]) -> dict[str, object]:
     return {"peers": list(error.peers), "phase": error.phase, "message": str(error)}
 
 
+def finish(buffer: PipelineBuffer) -> None:
+    """Wait for what the device was given, and hear of it, as the host does by itself where there is no device."""
+    if is_on_device():
+        settle()
+        assert buffer.runtime is not None
+        buffer.runtime.flush()
+
+
 def recv_from(buffer: PipelineBuffer, src: int) -> Callable[[], object]:
-    return lambda: buffer.pp_recv(torch.empty(1), src)
+    def recv() -> None:
+        buffer.pp_recv(number(0), src)
+        finish(buffer)
+
+    return recv
 
 
 def send_beyond_the_window(buffer: PipelineBuffer, dst: int) -> None:
     for _ in range(2):
-        buffer.pp_send(torch.empty(1), dst)
+        buffer.pp_send(number(0), dst)
+    finish(buffer)
 
 
 def wait_for_a_late_rank(timeout_s: float) -> dict[str, object] | None:
@@ -69,7 +83,7 @@ def close_before_anybody_receives(timeout_s: float) -> dict[str, object] | None:
     buffer = failing_buffer(timeout_s)
     failure = None
     if dist.get_rank() == 0:
-        buffer.pp_send(torch.empty(1), 1)
+        buffer.pp_send(number(0), 1)
         failure = failure_of(buffer.close)
     dist.barrier()
     return failure
@@ -81,7 +95,11 @@ def leave_a_block_by_an_error(timeout_s: float) -> float:
     started = time.monotonic()
     if dist.get_rank() == 0:
         with contextlib.suppress(KeyError), buffer:
-            buffer.pp_send(torch.empty(1), 1)
+            buffer.pp_send(number(0), 1)
+            if is_on_device():
+                # These wait in the stream, where they must not be waited for.
+                buffer.pp_send(number(0), 1)
+                buffer.pp_recv(number(0), 1)
             raise KeyError
         assert buffer.runtime is None
     elapsed_s = time.monotonic() - started
@@ -117,7 +135,7 @@ def refuse_to_send(timeout_s: float) -> object:
     told: object = None
     if rank == 0:
         with pytest.raises(ConfigError) as caught:
-            buffer.pp_send(torch.empty(65, dtype=torch.uint8), 1)
+            buffer.pp_send(space(65), 1)
         told = str(caught.value)
     elif rank < 3:
         told = failure_of(recv_from(buffer, rank - 1))
@@ -127,7 +145,7 @@ def refuse_to_send(timeout_s: float) -> object:
 
 def refuse_configuration(timeout_s: float) -> object:
     rank = dist.get_rank()
-    buffer = PipelineBuffer(dist.new_group(), num_cpu_timeout_secs=timeout_s)
+    buffer = open_buffer(dist.new_group(), timeout_s=timeout_s)
     told: object = None
     if rank == 2:
         with pytest.raises(ConfigError) as caught:
@@ -146,7 +164,7 @@ def use_after_failure(timeout_s: float) -> list[str]:
     if dist.get_rank() == 0:
         failure_of(recv_from(buffer, 1))
         calls = (
-            lambda: buffer.pp_send(torch.empty(1), 1),
+            lambda: buffer.pp_send(number(0), 1),
             recv_from(buffer, 1),
             lambda: buffer.pp_set_config(64, 1),
         )
@@ -165,12 +183,12 @@ def go_on_after_a_refusal() -> None:
     with make_buffer(max_bytes=64) as buffer:
         if rank == 0:
             with pytest.raises(ConfigError, match="must fit"):
-                buffer.pp_send(torch.zeros(65, dtype=torch.uint8), 1)
+                buffer.pp_send(space(65), 1)
             buffer.pp_send(payload(0, 1, 0, 9), 1)
         elif rank == 1:
             with pytest.raises(ConfigError, match="must fit"):
-                buffer.pp_recv(torch.zeros(65, dtype=torch.uint8), 0)
-            got = torch.zeros(9, dtype=torch.uint8)
+                buffer.pp_recv(space(65), 0)
+            got = space(9)
             buffer.pp_recv(got, 0)
             assert torch.equal(got, payload(0, 1, 0, 9))
 
@@ -200,8 +218,8 @@ def receive_other_sizes() -> list[str]:
 
 def send_one_around(buffer: PipelineBuffer) -> None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    got = torch.zeros(1, dtype=torch.int64)
-    buffer.pp_send(torch.tensor([rank]), (rank + 1) % num_ranks)
+    got = number(0)
+    buffer.pp_send(number(rank), (rank + 1) % num_ranks)
     buffer.pp_recv(got, (rank - 1) % num_ranks)
     assert got.item() == (rank - 1) % num_ranks
 
@@ -228,13 +246,13 @@ def reconfigure_with_a_message_on_its_way() -> str:
         for _ in range(2):
             send_one_around(buffer)
         if rank == 3:
-            buffer.pp_send(torch.tensor([5]), 1)
+            buffer.pp_send(number(5), 1)
         before = buffer.config
         with pytest.raises(ConfigError) as caught:
             buffer.pp_set_config(128, 1)
         assert buffer.config == before
         if rank == 1:
-            got = torch.zeros(1, dtype=torch.int64)
+            got = number(0)
             buffer.pp_recv(got, 3)
             assert got.item() == 5
         buffer.pp_set_config(128, 1)

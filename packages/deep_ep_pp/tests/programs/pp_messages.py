@@ -10,9 +10,12 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from pp_setting import SETTING, is_on_device, open_buffer, settle
 
 from deep_ep_core.errors import ConfigError
-from deep_ep_pp import PipelineBuffer, get_pp_buffer_size_hint, pp_recv, pp_send, pp_set_config
+from deep_ep_core.transport import CollectiveTransport
+from deep_ep_pp import PipelineBuffer, collective, get_pp_buffer_size_hint, pp_recv, pp_send, pp_set_config
+from deep_ep_pp.ledger import Ledger
 
 # Sizes around the 32 bytes that tensors are rounded up to, none, and one that no socket takes at once.
 SIZES = (0, 1, 2, 3, 31, 32, 33, 1000, 4097, 1 << 20)
@@ -23,7 +26,7 @@ TIMEOUT_S = 60
 def make_buffer(
     group: dist.ProcessGroup | None = None, *, window: int = 2, max_bytes: int = MAX_BYTES
 ) -> PipelineBuffer:
-    buffer = PipelineBuffer(group, num_cpu_timeout_secs=TIMEOUT_S)
+    buffer = open_buffer(group, timeout_s=TIMEOUT_S)
     buffer.pp_set_config(max_bytes, window)
     return buffer
 
@@ -31,7 +34,17 @@ def make_buffer(
 def payload(src: int, dst: int, idx: int, size: int, seed: int = 0) -> torch.Tensor:
     """Bytes that no other message has."""
     generator = torch.Generator().manual_seed(hash((src, dst, idx, size, seed)) & 0xFFFFFFFF)
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator).to(SETTING.device)
+
+
+def space(size: int) -> torch.Tensor:
+    """Where bytes are received into; they are none that a message has."""
+    return torch.full((size,), 7, dtype=torch.uint8, device=SETTING.device)
+
+
+def number(value: int) -> torch.Tensor:
+    """A message of one number."""
+    return torch.tensor([value], device=SETTING.device)
 
 
 def check_sizes() -> None:
@@ -46,7 +59,7 @@ def check_sizes() -> None:
                 sent.fill_(0)
         for src in others:
             for idx, size in enumerate(SIZES):
-                got = torch.full((size,), 7, dtype=torch.uint8)
+                got = space(size)
                 buffer.pp_recv(got, src)
                 assert torch.equal(got, payload(src, rank, idx, size)), (src, idx, size)
 
@@ -76,9 +89,9 @@ def check_dtypes() -> None:
         for idx, dtype in enumerate(DTYPES):
             # 3 elements, so that no size is a multiple of 32. All bits of a NaN are kept.
             size = 3 * torch.empty(1, dtype=dtype).element_size()
-            data = payload(0, 1, idx, size) if filled else torch.zeros(size, dtype=torch.uint8)
+            data = payload(0, 1, idx, size) if filled else torch.zeros(size, dtype=torch.uint8, device=SETTING.device)
             tensors.append(data.view(dtype).view(3, 1))
-        tensors.append(torch.tensor(float("nan") if filled else 0.0))
+        tensors.append(torch.tensor(float("nan") if filled else 0.0, device=SETTING.device))
         return tensors
 
     with make_buffer() as buffer:
@@ -100,11 +113,13 @@ def check_multi_tensor_messages() -> None:
     with make_buffer() as buffer:
         for num_tensors in (1, len(shapes), 32):
             chosen = [shapes[idx % len(shapes)] for idx in range(num_tensors)]
-            sent = [torch.full(shape, idx + 1, dtype=torch.int32) for idx, shape in enumerate(chosen)]
+            sent = [
+                torch.full(shape, idx + 1, dtype=torch.int32, device=SETTING.device) for idx, shape in enumerate(chosen)
+            ]
             if rank == 0:
                 buffer.pp_send(tuple(sent), 1)
             elif rank == 1:
-                got = [torch.zeros(tensor.numel(), dtype=torch.float32) for tensor in sent]
+                got = [torch.zeros(tensor.numel(), device=SETTING.device) for tensor in sent]
                 buffer.pp_recv(got if num_tensors > 1 else got[0], 0)
                 for tensor, expected in zip(got, sent, strict=True):
                     assert torch.equal(tensor.view(torch.int32), expected.view(-1))
@@ -113,7 +128,7 @@ def check_multi_tensor_messages() -> None:
 def check_tensor_with_gradient_is_sent_and_received_into() -> None:
     rank = dist.get_rank()
     with make_buffer() as buffer:
-        weights = torch.ones(3, requires_grad=True)
+        weights = torch.ones(3, requires_grad=True, device=SETTING.device)
         if rank == 0:
             buffer.pp_send(weights * 2, 1)
         elif rank == 1:
@@ -134,24 +149,30 @@ def check_window_wraps(window: int, num_messages: int) -> None:
             if idx < num_messages:
                 buffer.pp_send(payload(rank, peer, idx, 100 + idx), peer)
             if idx >= window - 1 and (got_idx := idx - window + 1) < num_messages:
-                got = torch.empty(100 + got_idx, dtype=torch.uint8)
+                got = space(100 + got_idx)
                 buffer.pp_recv(got, peer)
                 assert torch.equal(got, payload(peer, rank, got_idx, 100 + got_idx))
 
 
 def check_sender_ahead_of_the_window_waits(window: int, size: int) -> None:
-    """The window's sends return before the receiver begins; the next one only after it has.
+    """The window's sends return before the receiver begins; the next one only after it has, on the host or the device.
 
     Needs no timing: the receiver begins after it was told that the window is full, and says so before it asks.
     """
     rank = dist.get_rank()
-    store = dist.PrefixStore(f"back-pressure/{window}/{size}", dist.group.WORLD.get_group_store())
+    store = dist.PrefixStore(
+        f"back-pressure/{SETTING.backend}/{SETTING.device.type}/{window}/{size}", dist.group.WORLD.get_group_store()
+    )
     with make_buffer(window=window) as buffer:
         if rank == 0:
             for idx in range(window):
                 buffer.pp_send(payload(0, 1, idx, size), 1)
+            settle()
             store.set("full", "")
             buffer.pp_send(payload(0, 1, window, size), 1)
+            if is_on_device():
+                assert not store.check(["receiving"]), "the host must not wait for the receiver"
+            settle()
             assert store.check(["receiving"]), "a send beyond the window did not wait for the receiver"
         elif rank == 1:
             store.wait(["full"])
@@ -160,7 +181,7 @@ def check_sender_ahead_of_the_window_waits(window: int, size: int) -> None:
                 store.wait(["never"], timedelta(seconds=0.3))
             store.set("receiving", "")
             for idx in range(window + 1):
-                got = torch.empty(size, dtype=torch.uint8)
+                got = space(size)
                 buffer.pp_recv(got, 0)
                 assert torch.equal(got, payload(0, 1, idx, size))
 
@@ -176,7 +197,7 @@ def check_bidirectional(window: int) -> None:
                 buffer.pp_send(payload(rank, dst, idx, size), dst)
         for src in others:
             for idx in range(window):
-                got = torch.empty(size, dtype=torch.uint8)
+                got = space(size)
                 buffer.pp_recv(got, src)
                 assert torch.equal(got, payload(src, rank, idx, size)), (src, idx)
 
@@ -213,38 +234,46 @@ def random_steps(rng: random.Random, num_ranks: int, window: int, num_messages: 
 
 
 def check_random_rounds(first_seed: int, num_rounds: int, rounds_per_config: int) -> int:
-    """Rounds of random messages, with another configuration every few rounds. Returns how many were sent."""
+    """Rounds of random messages, with another configuration every few rounds. Returns how many were sent.
+
+    `first_seed` is a multiple of `rounds_per_config`.
+    """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     num_sent = 0
-    with PipelineBuffer(None, num_cpu_timeout_secs=TIMEOUT_S) as buffer:
+    with open_buffer(timeout_s=TIMEOUT_S) as buffer:
         for seed in range(first_seed, first_seed + num_rounds):
             rng = random.Random(seed // rounds_per_config)
             window, max_bytes = rng.randint(1, 4), rng.randint(5 * 4128, 1 << 20)
             if seed % rounds_per_config == 0:
                 buffer.pp_set_config(max_bytes, window)
-            for step in random_steps(random.Random(seed), num_ranks, window, rng.randint(8, 16)):
+            steps = random_steps(random.Random(seed), num_ranks, window, rng.randint(8, 16))
+            # Made before and compared afterwards, so that where streams hold the messages, nothing waits in between.
+            payloads = [
+                [payload(step.src, step.dst, step.idx * 8 + part, size, seed) for part, size in enumerate(step.sizes)]
+                for step in steps
+            ]
+            received = []
+            for step, message in zip(steps, payloads, strict=True):
                 if step.is_send and step.src == rank:
-                    sent = [
-                        payload(rank, step.dst, step.idx * 8 + part, size, seed) for part, size in enumerate(step.sizes)
-                    ]
-                    buffer.pp_send(sent, step.dst)
+                    buffer.pp_send(message, step.dst)
                     num_sent += 1
                 elif not step.is_send and step.dst == rank:
-                    got = [torch.empty(size, dtype=torch.uint8) for size in step.sizes]
+                    got = [space(size) for size in step.sizes]
                     buffer.pp_recv(got, step.src)
-                    for part, (size, tensor) in enumerate(zip(step.sizes, got, strict=True)):
-                        expected = payload(step.src, rank, step.idx * 8 + part, size, seed)
-                        assert torch.equal(tensor, expected), (seed, step, part)
+                    received.append((step, got, message))
+            for step, got, message in received:
+                for part, (tensor, expected) in enumerate(zip(got, message, strict=True)):
+                    assert torch.equal(tensor, expected), (seed, step, part)
     return num_sent
 
 
 def check_functions() -> None:
     """The functions do what the methods do, with a buffer of upstream's size."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    with PipelineBuffer(None, get_pp_buffer_size_hint(100, 2), TIMEOUT_S) as buffer:
+    with open_buffer(None, get_pp_buffer_size_hint(100, 2), TIMEOUT_S) as buffer:
         pp_set_config(buffer, 100, 2)
-        pp_send(buffer, torch.tensor([rank]), (rank + 1) % num_ranks)
-        got = torch.zeros(1, dtype=torch.int64)
+        pp_send(buffer, number(rank), (rank + 1) % num_ranks)
+        got = number(0)
         pp_recv(buffer, got, (rank - 1) % num_ranks, num_sms=4)
         assert got.item() == (rank - 1) % num_ranks
 
@@ -254,10 +283,10 @@ def check_two_buffers_of_one_group() -> None:
     rank = dist.get_rank()
     with make_buffer() as first, make_buffer() as second:
         if rank == 0:
-            first.pp_send(torch.tensor([1]), 1)
-            second.pp_send(torch.tensor([2]), 1)
+            first.pp_send(number(1), 1)
+            second.pp_send(number(2), 1)
         elif rank == 1:
-            got = torch.zeros(1, dtype=torch.int64)
+            got = number(0)
             for buffer, expected in ((second, 2), (first, 1)):
                 buffer.pp_recv(got, 0)
                 assert got.item() == expected
@@ -271,9 +300,9 @@ def check_subgroup(members: list[int]) -> None:
             last = len(members) - 1
             assert buffer.rank_idx == members.index(dist.get_rank())
             if buffer.rank_idx == 0:
-                buffer.pp_send(torch.tensor([members[0]]), last)
+                buffer.pp_send(number(members[0]), last)
             elif buffer.rank_idx == last:
-                got = torch.zeros(1, dtype=torch.int64)
+                got = number(0)
                 buffer.pp_recv(got, 0)
                 assert got.item() == members[0]
     dist.barrier()
@@ -281,21 +310,18 @@ def check_subgroup(members: list[int]) -> None:
 
 def check_group_without_a_host_backend() -> None:
     """A group that serves GPUs only is given host messages of its own."""
-    from deep_ep_pp import collective
-
     rank = dist.get_rank()
     group = dist.new_group()
     original = collective.dist.get_backend_config
+    transport = CollectiveTransport(group, timeout_s=TIMEOUT_S, name="test", operations=())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collective.dist, "get_backend_config", lambda of: "cuda:nccl" if of is group else original(of))
-        transport = collective.CollectiveTransport(group, timeout_s=TIMEOUT_S, name="test", operations=())
-        transport._backends = {"cpu": "gloo"}
-        backend = collective.CollectiveBackend(transport)
+        backend = collective.CollectiveBackend(Ledger(transport))
     assert backend._wire is not group
     backend._window = 1
     peer = rank ^ 1
-    backend.send([torch.tensor([rank])], peer)
-    got = torch.zeros(1, dtype=torch.int64)
+    backend.send([number(rank)], peer)
+    got = number(0)
     backend.recv([got], peer)
     assert got.item() == peer
     backend.flush()
@@ -312,11 +338,11 @@ def check_reconfiguration() -> None:
             for idx in range(window):
                 buffer.pp_send(payload(rank, dst, idx, max_bytes), dst)
             for idx in range(window):
-                got = torch.empty(max_bytes, dtype=torch.uint8)
+                got = space(max_bytes)
                 buffer.pp_recv(got, src)
                 assert torch.equal(got, payload(src, rank, idx, max_bytes))
         with pytest.raises(ConfigError, match="the 32 bytes of a slot"):
-            buffer.pp_send(torch.zeros(33, dtype=torch.uint8), dst)
+            buffer.pp_send(space(33), dst)
 
 
 def check_close_hands_over_what_was_sent() -> None:
@@ -331,7 +357,7 @@ def check_close_hands_over_what_was_sent() -> None:
         del buffer
     elif rank == 1:
         for idx in range(3):
-            got = torch.empty(1 << 20, dtype=torch.uint8)
+            got = space(1 << 20)
             buffer.pp_recv(got, 0)
             assert torch.equal(got, payload(0, 1, idx, 1 << 20))
     dist.barrier()

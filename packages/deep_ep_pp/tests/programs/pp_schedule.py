@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from pp_setting import SETTING, open_buffer
 from torch import nn
 
-from deep_ep_pp import PipelineBuffer
 from deep_ep_pp.demo.schedule import run_1f1b
 
 
@@ -17,10 +17,11 @@ def gradient_differences(num_microbatches: int, faulty_rank: int | None = None) 
     whole = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double() for _ in range(num_ranks)))
     stage = nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double()
     stage.load_state_dict(whole[rank].state_dict())
-    inputs = [torch.randn(2 + idx, 8, dtype=torch.float64) for idx in range(num_microbatches)]
+    inputs = [torch.randn(2 + idx, 8, dtype=torch.float64).to(SETTING.device) for idx in range(num_microbatches)]
     if rank == faulty_rank:
         stage[1] = nn.Sigmoid()
-    with PipelineBuffer(None, num_cpu_timeout_secs=60) as buffer:
+    whole, stage = whole.to(SETTING.device), stage.to(SETTING.device)
+    with open_buffer() as buffer:
         buffer.pp_set_config(max(x.nbytes for x in inputs) + 32, 1)
         losses = run_1f1b(buffer, stage, inputs, lambda y, idx: (y * (idx + 1)).sum())
     for idx, x in enumerate(inputs):

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="stages to start (default: %(default)s)")
     parser.add_argument("--microbatches", type=int, default=8, metavar="N", help="of a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         if options.microbatches < 1 or options.steps < 1:
@@ -60,26 +61,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--microbatches and --steps must be at least 1 (got {options.microbatches} and {options.steps})"
             )
         if "RANK" in os.environ:
-            return _train(options.microbatches, options.steps)
+            return _train(options.microbatches, options.steps, _device_of_rank(options.device))
         command = ["-m", "deep_ep_pp.demo"]
-        for name in ("microbatches", "steps"):
+        for name in ("microbatches", "steps", "device"):
             command += [f"--{name}", str(getattr(options, name))]
-        return launch(LaunchConfig(num_ranks=options.ranks), command, has_prefix=False)
+        return launch(LaunchConfig(num_ranks=options.ranks, device=options.device), command, has_prefix=False)
     except ConfigError as error:
         print(f"deep_ep_pp.demo: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def _train(num_microbatches: int, num_steps: int) -> int:
+def _device_of_rank(kind: str) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ConfigError: It shall be a GPU, and torch can use none.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda needs a GPU that torch can use (got none); use --device cpu")
+    # Right where ranks share a GPU too.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _train(num_microbatches: int, num_steps: int, device: torch.device) -> int:
     """Be one rank."""
     dist.init_process_group("gloo")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     # The same on every rank: each has the whole model beside its stage, to compare with.
     torch.manual_seed(0)
-    whole = nn.Sequential(*(Block() for _ in range(num_ranks)))
-    stage = Block()
+    whole = nn.Sequential(*(Block() for _ in range(num_ranks))).to(device)
+    stage = Block().to(device)
     stage.load_state_dict(whole[rank].state_dict())
-    data = torch.randn(2, num_microbatches, _MICROBATCH_SIZE, _HIDDEN, dtype=torch.float64)
+    data = torch.randn(2, num_microbatches, _MICROBATCH_SIZE, _HIDDEN, dtype=torch.float64).to(device)
     inputs, targets = data[0].unbind(), data[1].unbind()
 
     def loss_of(y: Tensor, idx: int) -> Tensor:
@@ -87,7 +104,11 @@ def _train(num_microbatches: int, num_steps: int) -> int:
 
     optimizers = [torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE) for model in (whole, stage)]
     differences = []
-    with PipelineBuffer(None) as buffer:
+    # A demo on CPUs shall not use a GPU that happens to be there.
+    with PipelineBuffer(None, backend="collective" if device.type == "cpu" else "auto") as buffer:
+        if rank == 0:
+            assert buffer.runtime is not None
+            print(f"messages by the {buffer.runtime.name} backend", flush=True)
         # A micro-batch and its index, each from a multiple of 32 bytes.
         buffer.pp_set_config(inputs[0].nbytes + 32, num_max_inflight_tensors=2)
         for step in range(num_steps):

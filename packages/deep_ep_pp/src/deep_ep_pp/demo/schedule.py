@@ -47,7 +47,7 @@ def run_1f1b(
         x = microbatches[idx]
         if rank > 0:
             # The index goes along, to show a message of two tensors, and that none is mistaken for another.
-            x, sent_idx = torch.empty_like(x), torch.empty(1, dtype=torch.int64)
+            x, sent_idx = torch.empty_like(x), torch.empty(1, dtype=torch.int64, device=x.device)
             buffer.pp_recv((x, sent_idx), rank - 1)
             assert sent_idx.item() == idx, (sent_idx, idx)
             x.requires_grad_()
@@ -56,7 +56,7 @@ def run_1f1b(
             y = loss_of(y, idx)
             losses.append(y.item())
         else:
-            buffer.pp_send((y, torch.tensor([idx])), rank + 1)
+            buffer.pp_send((y, torch.tensor([idx], device=y.device)), rank + 1)
         pending.append((x, y))
 
     def backward() -> None:
