@@ -8,6 +8,7 @@ import torch
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.stream import EventHandle, EventOverlap
 from deep_ep_cp import handle as handle_module
+from deep_ep_cp import reduction as reduction_module
 from deep_ep_cp.handle import SessionHandle
 from deep_ep_cp.reduction import SUM_DTYPES, sum_in_rank_order
 from deep_ep_cp.region import Region, bytes_of, session_bytes
@@ -109,13 +110,27 @@ def test_a_sum_has_the_dtype_of_its_addends_and_memory_of_its_own(dtype):
     assert one.data_ptr() != addends.data_ptr()
 
 
+def test_a_sum_in_parts_is_the_same_sum(monkeypatch):
+    addends = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = sum_in_rank_order(addends)
+    for num_elements in (1, 4, 34, 35, 36):
+        monkeypatch.setattr(reduction_module, "_PART_ELEMENTS", num_elements)
+        assert torch.equal(sum_in_rank_order(addends), whole)
+    assert torch.equal(whole, ((addends[0].float() + addends[1]) + addends[2]).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 0), (3, 2, 0), (1, 4)], ids=str)
+def test_a_sum_of_any_shape_has_that_of_an_addend(shape):
+    assert sum_in_rank_order(torch.ones(shape)).shape == shape[1:]
+
+
 def test_a_handle_waits_while_its_session_is_open(monkeypatch):
     session = make_session()
     session.create()
     waits = []
     event = EventOverlap(EventHandle(CPU))
     monkeypatch.setattr(event, "current_stream_wait", lambda: waits.append(session.idx))
-    handle = SessionHandle(event, session, CPU, rank=1)
+    handle = SessionHandle(event, session, CPU, rank=1, check=lambda: None)
     handle()
     handle()
     assert waits == [1, 1]
@@ -132,7 +147,7 @@ def test_a_handle_is_refused_on_another_stream(monkeypatch):
     session = make_session()
     session.create()
     monkeypatch.setattr(handle_module, "_current_stream", lambda device: "stream 1")
-    handle = SessionHandle(EventOverlap(EventHandle(CPU)), session, CPU, rank=1)
+    handle = SessionHandle(EventOverlap(EventHandle(CPU)), session, CPU, rank=1, check=lambda: None)
     handle()
     monkeypatch.setattr(handle_module, "_current_stream", lambda device: "stream 2")
     with pytest.raises(ConfigError, match=r"on the stream of its call, stream 1 \(got stream 2, on rank 1\)"):

@@ -1,8 +1,7 @@
 """Owns the contract between `ContextBuffer` and what moves its bytes. Every backend gives the same results.
 
-Two backends fit it. The collective one moves regions with the transport of core. A device backend would take its memory
-from a window, write slots into the peers' windows with batched copy-engine copies, and raise and await one signal a
-call and peer with stream memory operations, `session_idx` being the value and `call_idx` choosing the signal.
+Two backends fit it: `collective` moves slots with the transport of core, on any group; `device` by the copy engines,
+into windows of the peers.
 """
 
 from __future__ import annotations
@@ -52,6 +51,9 @@ class Backend(Protocol):
     def set_config(self, config: SessionConfig) -> None:
         """Prepare for sessions of this size; collective."""
 
+    def check(self) -> None:
+        """Raise what earlier calls found out since they returned; before a call enqueues anything. Blocks no host."""
+
     def all_gather(self, call: SessionCall) -> None:
         """Fill each region with the tensors of all ranks; collective."""
 
@@ -59,7 +61,10 @@ class Backend(Protocol):
         """Sum, for each tensor, what the ranks pass for this rank, as `sum_in_rank_order` does; collective."""
 
     def end_session(self, session_idx: int) -> None:
-        """Let no rank overwrite a region before this rank's streams are done with it; collective, blocks no host."""
+        """Let no rank overwrite a region before this rank's current stream is done with it; collective, blocks no host.
+
+        The caller's stream is current.
+        """
 
     def report_rejection(self, call: str, reason: str) -> None:
         """Tell the peers that this rank refuses a call, if there is a way to."""

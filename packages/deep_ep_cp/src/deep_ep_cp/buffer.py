@@ -1,38 +1,36 @@
-"""Owns `ContextBuffer`: the public calls of sessions, and the choice of a backend.
+"""Owns `ContextBuffer`: the public calls of sessions.
 
-It moves nothing itself: sessions are counted in `session`, arguments checked in `checks`, bytes moved by a `Backend`.
+It moves nothing itself: sessions are counted in `session`, arguments checked in `checks`, bytes moved by a `Backend`,
+which `choice` picks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, get_args, overload
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 
 from deep_ep_core.align import align_up
-from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.backend_choice import BackendName, agreed_by_backend, check_backend
+from deep_ep_core.errors import ConfigError, RankMismatchError, TransportError
 from deep_ep_core.refusals import rejected
-from deep_ep_core.stream import CommScope, StreamOptions, comm_stream
+from deep_ep_core.stream import CommScope, EventOverlap, StreamOptions, comm_stream
 from deep_ep_core.transport import AgreedField, CollectiveTransport
+from deep_ep_cp.agreed import OPERATIONS
 from deep_ep_cp.backend import Backend, SessionCall
 from deep_ep_cp.checks import check_shapes, check_sum_inputs, check_tensors
-from deep_ep_cp.collective import OPERATIONS, CollectiveBackend
+from deep_ep_cp.choice import make_backend
 from deep_ep_cp.handle import SessionHandle
 from deep_ep_cp.region import Region, session_bytes
 from deep_ep_cp.session import Session, SessionConfig
 
-__all__ = ["BackendName", "ContextBuffer"]
-
-BackendName = Literal["auto", "collective", "device"]
-"""What `ContextBuffer` may be asked for."""
+__all__ = ["ContextBuffer"]
 
 _BUFFER_ALIGNMENT_BYTES = 2 << 20
-_logger = logging.getLogger("deep_ep_cp")
 
 
 class ContextBuffer:
@@ -45,11 +43,13 @@ class ContextBuffer:
     Args:
         group: Any `torch.distributed` group; None for the default group.
         num_bytes: Size of the buffer's memory, a multiple of 2 MiB; see `get_agrs_buffer_size_hint`.
-        num_cpu_timeout_secs: How long a call may wait for another rank before it names it and raises.
+        num_cpu_timeout_secs: How long a call, or on the device backend its stream, may wait for another rank before
+            that rank is named.
         device: Device of the buffer and of all tensors; None takes the current CUDA device where torch has one, else
             the CPU.
-        backend: "collective" runs on any group. "device", copy engines over NVLink, is not part of this version.
-            "auto" takes "collective", and logs why. Must be alike on all ranks.
+        backend: "collective" runs on any group. "device" moves bytes by copy engines over NVLink: CUDA devices that all
+            reach each other by load and store, and NCCL 2.30.4 or newer. "auto" takes "device" where the group has a
+            CUDA backend and all ranks can open it, else "collective", and logs why. Must be alike on all ranks.
 
     Attributes:
         group, rank_idx, num_ranks: The group and this rank's place in it.
@@ -60,6 +60,8 @@ class ContextBuffer:
         ConfigError: An argument cannot be taken.
         RankMismatchError: Ranks passed different arguments.
         CommTimeoutError: A rank did not take part.
+        TopologyError: The device backend was asked for, and not all ranks reach each other.
+        TransportError: It was asked for, and cannot be opened.
 
     Collective: yes. `close` and dropping the buffer are not.
     """
@@ -78,23 +80,26 @@ class ContextBuffer:
         transport = CollectiveTransport(
             group, timeout_s=float(num_cpu_timeout_secs), name="ContextBuffer", operations=OPERATIONS
         )
-        names = get_args(BackendName)
         transport.begin(
             "open",
             [
                 AgreedField(name="num_bytes", value=num_bytes),
-                AgreedField(name="backend", value=names.index(backend), show=lambda value: str(names[value])),
+                AgreedField(
+                    name="kind of device",
+                    value=int(self.device.type == "cuda"),
+                    show=lambda is_cuda: "cuda" if is_cuda else "cpu",
+                ),
+                *agreed_by_backend(backend),
             ],
         )
-        if backend == "auto":
-            _logger.info("ContextBuffer uses the collective backend: this version has no device backend")
         self.group: dist.ProcessGroup = transport.group
         self.rank_idx = transport.rank
         self.num_ranks = transport.num_ranks
         self.num_bytes = num_bytes
         self._session = Session(rank=self.rank_idx, num_ranks=self.num_ranks)
-        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        self._backend: Backend | None = CollectiveBackend(transport, memory)
+        self._backend: Backend | None = make_backend(
+            transport, self.device, num_bytes=num_bytes, backend=backend, timeout_s=float(num_cpu_timeout_secs)
+        )
 
     # Sizes
 
@@ -136,6 +141,11 @@ class ContextBuffer:
         Collective: no.
         """
         return align_up(num_max_session_bytes, _BUFFER_ALIGNMENT_BYTES)
+
+    @property
+    def backend_name(self) -> str:
+        """Which backend runs: "collective" or "device"; "closed" once the buffer is."""
+        return "closed" if self._backend is None else self._backend.name
 
     # Sessions
 
@@ -184,7 +194,8 @@ class ContextBuffer:
         Raises:
             ConfigError: No session is open.
 
-        Collective: yes. Stream: later communication waits for what the current stream has done; the host does not.
+        Collective: yes. Stream: later communication waits for what the current stream has done, and the current stream
+        for what the session's calls brought; the host does not.
         """
         backend = self._open_backend()
         self._session.destroy()
@@ -208,10 +219,17 @@ class ContextBuffer:
         self.create_agrs_session()
         try:
             yield
-        finally:
-            # A closed buffer has no session any more.
-            if self._backend is not None:
-                self.destroy_agrs_session()
+        except BaseException:
+            # What went wrong in the block is told, and not that its session cannot be ended either.
+            with contextlib.suppress(TransportError, RankMismatchError):
+                self._end_session()
+            raise
+        self._end_session()
+
+    def _end_session(self) -> None:
+        # A closed buffer has no session any more.
+        if self._backend is not None:
+            self.destroy_agrs_session()
 
     # Data
 
@@ -272,7 +290,8 @@ class ContextBuffer:
                 sent, and nothing of the session is used up.
             RankMismatchError: Ranks passed different dtypes, shapes or numbers of tensors, or are in different
                 sessions; likewise.
-            CommTimeoutError: A rank died or is late.
+            CommTimeoutError: A rank died or is late. On the device backend these two come later: from the first call on
+                the buffer behind it, a handle's included, that finds the news.
 
         Collective: yes. Stream: runs on the communication stream after the current one. No gradients: see
         `deep_ep_cp.all_gather`.
@@ -288,11 +307,12 @@ class ContextBuffer:
                 for idx, (tensor, region) in enumerate(zip(tensors, regions, strict=True))
             ]
             gathered = [region.view(backend.memory) for region in regions]
+            backend.check()
             with self._comm_scope() as scope:
                 backend.all_gather(self._call(tensors, regions, is_in_place))
                 event = scope.finish(inputs=tensors, outputs=gathered)
         self._session.use(regions)
-        return *gathered, SessionHandle(event, self._session, self.device, rank=self.rank_idx)
+        return *gathered, self._handle(event)
 
     @overload
     def reduce_scatter(self, t: torch.Tensor) -> tuple[torch.Tensor, SessionHandle]: ...
@@ -333,11 +353,12 @@ class ContextBuffer:
             )
             for idx, tensor in enumerate(tensors):
                 self._check_gathered(backend.memory, idx, tensor)
+            backend.check()
             with self._comm_scope() as scope:
                 reduced = backend.reduce_scatter(self._call(tensors, regions, [False] * len(tensors)))
                 event = scope.finish(inputs=tensors, outputs=reduced)
         self._session.use(regions)
-        return *reduced, SessionHandle(event, self._session, self.device, rank=self.rank_idx)
+        return *reduced, self._handle(event)
 
     # Streams and lifetime
 
@@ -364,14 +385,19 @@ class ContextBuffer:
         self.close()
 
     def __repr__(self) -> str:
-        backend = "closed" if self._backend is None else self._backend.name
         place = f"rank {self.rank_idx} of {self.num_ranks}"
-        return f"ContextBuffer({place}, {self.num_bytes} bytes on {self.device}, {backend}, {self._session!r})"
+        return (
+            f"ContextBuffer({place}, {self.num_bytes} bytes on {self.device}, {self.backend_name}, {self._session!r})"
+        )
 
     def _open_backend(self) -> Backend:
         if self._backend is None:
             raise rejected(self.rank_idx, "the buffer must be open", "a closed buffer", "make a new one")
         return self._backend
+
+    def _handle(self, event: EventOverlap) -> SessionHandle:
+        backend = self._open_backend()
+        return SessionHandle(event, self._session, self.device, rank=self.rank_idx, check=backend.check)
 
     def _comm_scope(self) -> CommScope:
         return CommScope(self.device, StreamOptions(async_with_compute_stream=True))
@@ -446,12 +472,7 @@ def _check_constructor(num_bytes: Any, num_cpu_timeout_secs: float, backend: Any
         )
     if not num_cpu_timeout_secs > 0:
         raise ConfigError(f"num_cpu_timeout_secs must be positive (got {num_cpu_timeout_secs})")
-    if backend not in get_args(BackendName):
-        raise ConfigError(f'backend must be "auto", "collective" or "device" (got {backend!r})')
-    if backend == "device":
-        raise ConfigError(
-            'backend="device" is not part of this version of deep-ep-cp; use backend="auto" or "collective"'
-        )
+    check_backend(backend)
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

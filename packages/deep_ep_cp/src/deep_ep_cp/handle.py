@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from deep_ep_core.refusals import rejected
@@ -22,10 +24,13 @@ class SessionHandle:
         event: The point in the communication stream at which the results are ready.
     """
 
-    __slots__ = ("_device", "_rank", "_session", "_session_idx", "_stream", "event")
+    __slots__ = ("_check", "_device", "_rank", "_session", "_session_idx", "_stream", "event")
 
-    def __init__(self, event: EventOverlap, session: Session, device: torch.device, *, rank: int) -> None:
+    def __init__(
+        self, event: EventOverlap, session: Session, device: torch.device, *, rank: int, check: Callable[[], None]
+    ) -> None:
         self.event = event
+        self._check = check
         self._session, self._session_idx = session, session.idx
         self._device, self._rank = device, rank
         self._stream = _current_stream(device)
@@ -35,9 +40,11 @@ class SessionHandle:
 
         Raises:
             ConfigError: The session of the call is over, or another stream is current.
+            CommTimeoutError, RankMismatchError: Known by now of this call or one before it, on the device backend.
 
         Collective: no.
         """
+        self._check()
         if not self._session.is_open or self._session.idx != self._session_idx:
             raise rejected(
                 self._rank,

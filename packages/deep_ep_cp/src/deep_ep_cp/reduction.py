@@ -24,6 +24,8 @@ SUM_DTYPES = (
 )
 """What a reduce-scatter takes."""
 
+_PART_ELEMENTS = 4 << 20
+
 
 def sum_in_rank_order(addends: torch.Tensor) -> torch.Tensor:
     """Add up what the ranks contribute.
@@ -37,8 +39,14 @@ def sum_in_rank_order(addends: torch.Tensor) -> torch.Tensor:
     Returns:
         `[*shape]` of the same dtype, in memory of its own.
     """
+    rows = addends.reshape(addends.size(0), -1)
+    result = torch.empty_like(rows[0])
     is_half = addends.dtype in (torch.bfloat16, torch.float16)
-    acc = torch.zeros_like(addends[0], dtype=torch.float32 if is_half else addends.dtype)
-    for addend in addends:
-        acc += addend
-    return acc.to(addends.dtype)
+    # In parts that stay in a cache of the device from one rank's addend to the next.
+    for total, *parts in zip(result.split(_PART_ELEMENTS), *(row.split(_PART_ELEMENTS) for row in rows), strict=True):
+        acc = torch.zeros_like(total, dtype=torch.float32) if is_half else total.zero_()
+        for part in parts:
+            acc += part
+        if is_half:
+            total.copy_(acc)
+    return result.view(addends.shape[1:])

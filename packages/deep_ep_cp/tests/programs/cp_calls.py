@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.distributed as dist
+from cp_setting import SETTING, full, ones, tensor
 
 from deep_ep_cp import ContextBuffer, SessionHandle, all_gather, reduce_scatter
 from deep_ep_cp.reduction import SUM_DTYPES
@@ -20,17 +21,23 @@ MOVED_DTYPES = (*SUM_DTYPES, torch.bool, torch.float8_e4m3fn)
 def make_buffer(
     group: dist.ProcessGroup | None = None, *, num_bytes: int = 2 << 20, max_calls: int = 32, **options: object
 ) -> ContextBuffer:
-    buffer = ContextBuffer(group, num_bytes, device="cpu", **{"num_cpu_timeout_secs": 60, **options})
+    given = {"num_cpu_timeout_secs": 60, "device": SETTING.device, **SETTING.options, **options}
+    buffer = ContextBuffer(group, num_bytes, **given)
     buffer.agrs_set_config(num_bytes, max_calls)
     return buffer
 
 
 def make_tensor(shape: Sequence[int], dtype: torch.dtype, *key: int) -> torch.Tensor:
-    """Values that no other key has. Floats of many magnitudes, so that another order of a sum gives other bits."""
+    """Values that no other key has, on the device of the setting."""
+    return _make_on_host(shape, dtype, *key).to(SETTING.device)
+
+
+def _make_on_host(shape: Sequence[int], dtype: torch.dtype, *key: int) -> torch.Tensor:
+    """Floats are of many magnitudes, so that another order of a sum gives other bits."""
     generator = torch.Generator().manual_seed(_seed(shape, dtype, *key))
     if dtype.is_complex:
         real = dtype.to_real()
-        return torch.complex(make_tensor(shape, real, *key, 1), make_tensor(shape, real, *key, 2))
+        return torch.complex(_make_on_host(shape, real, *key, 1), _make_on_host(shape, real, *key, 2))
     if not dtype.is_floating_point:
         whole = torch.randint(-(2**62), 2**62, shape, generator=generator)
         return whole > 0 if dtype == torch.bool else whole.to(dtype)
@@ -44,7 +51,7 @@ def _seed(shape: Sequence[int], dtype: torch.dtype, *key: int) -> int:
 
 
 def expected_gather(shape: Sequence[int], dtype: torch.dtype, *key: int) -> torch.Tensor:
-    return torch.stack([make_tensor(shape, dtype, *key, rank) for rank in range(dist.get_world_size())])
+    return torch.stack([_make_on_host(shape, dtype, *key, rank) for rank in range(dist.get_world_size())])
 
 
 def expected_sum(shape: Sequence[int], dtype: torch.dtype, *key: int) -> torch.Tensor:
@@ -53,12 +60,13 @@ def expected_sum(shape: Sequence[int], dtype: torch.dtype, *key: int) -> torch.T
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     total = torch.zeros(tuple(shape), dtype=wide)
     for source in range(num_ranks):
-        total = total + make_tensor((num_ranks, *shape), dtype, *key, source)[rank].to(wide)
+        total = total + _make_on_host((num_ranks, *shape), dtype, *key, source)[rank].to(wide)
     return total.to(dtype)
 
 
 def assert_bits_equal(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype), (got.shape, got.dtype, expected.shape)
+    got, expected = got.cpu(), expected.cpu()
     if got.numel():
         same = torch.equal(got.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
         assert same, (got, expected)
@@ -95,11 +103,11 @@ def check_gathers_of_any_dtype() -> None:
 
 def check_nan_bits_arrive() -> None:
     buffer = make_buffer()
-    bits = torch.tensor([0x7FC00001 + dist.get_rank(), -1, -0x80000000], dtype=torch.int32)
+    bits = tensor([0x7FC00001 + dist.get_rank(), -1, -0x80000000], dtype=torch.int32)
     with buffer.agrs_new_session():
         gathered, wait = buffer.all_gather(bits.view(torch.float32))
         wait()
-        expected = torch.stack([torch.tensor([0x7FC00001 + r, -1, -0x80000000]) for r in range(buffer.num_ranks)])
+        expected = torch.stack([tensor([0x7FC00001 + r, -1, -0x80000000]) for r in range(buffer.num_ranks)])
         assert_bits_equal(gathered.view(torch.int32), expected.int())
 
 
@@ -143,10 +151,10 @@ def check_sums_have_rank_order_and_one_rounding() -> None:
     ]
     with buffer.agrs_new_session():
         for dtype, addends, expected in cases:
-            mine = torch.full((4, 3), addends[rank], dtype=dtype)
+            mine = full((4, 3), addends[rank], dtype=dtype)
             reduced, wait = buffer.reduce_scatter(mine)
             wait()
-            assert_bits_equal(reduced, torch.full((3,), expected, dtype=dtype))
+            assert_bits_equal(reduced, full((3,), expected, dtype=dtype))
 
 
 def check_batches() -> None:
@@ -198,7 +206,7 @@ def check_results_are_views_of_one_memory() -> None:
         assert slot.data_ptr() == again.data_ptr()
         first, wait = buffer.all_gather(slot)
         wait()
-        second, wait = buffer.all_gather(torch.ones(4))
+        second, wait = buffer.all_gather(ones(4))
         wait()
         storages = {tensor.untyped_storage().data_ptr() for tensor in (slot, first, second)}
         assert len(storages) == 1
@@ -209,7 +217,7 @@ def check_results_are_views_of_one_memory() -> None:
         assert (first[rank] == 7).all()
         before = first.data_ptr()
     with buffer.agrs_new_session():
-        assert buffer.all_gather(torch.ones(1))[0].data_ptr() == before
+        assert buffer.all_gather(ones(1))[0].data_ptr() == before
     buffer.close()
     # Memory is not taken from under a tensor.
     assert (slot == slot).all()
@@ -241,14 +249,14 @@ def check_an_exact_size_fits() -> None:
     assert num_session_bytes == sum(-(-num_ranks * n * 2 // 32) * 32 for n in (15, 1, 0, 33))
     num_bytes = ContextBuffer.get_agrs_buffer_size_hint(None, num_session_bytes)
     assert num_bytes == 2 << 20
-    buffer = ContextBuffer(None, num_bytes, device="cpu", num_cpu_timeout_secs=60)
+    buffer = ContextBuffer(None, num_bytes, device=SETTING.device, num_cpu_timeout_secs=60, **SETTING.options)
     buffer.agrs_set_config(num_session_bytes, 3)
     with buffer.agrs_new_session():
-        for tensors in [torch.ones(3, 5).bfloat16()], [torch.ones(1).bfloat16(), torch.ones(0).bfloat16()]:
+        for tensors in [ones(3, 5).bfloat16()], [ones(1).bfloat16(), ones(0).bfloat16()]:
             buffer.all_gather(tensors)
-        buffer.reduce_scatter(torch.ones(num_ranks, 33).bfloat16())
+        buffer.reduce_scatter(ones(num_ranks, 33).bfloat16())
         with pytest.raises(ValueError, match="3 calls"):
-            buffer.all_gather(torch.ones(1).bfloat16())
+            buffer.all_gather(ones(1).bfloat16())
 
 
 def check_several_buffers_and_sessions() -> None:
@@ -334,7 +342,7 @@ def check_functions() -> None:
         with buffer.agrs_new_session(enabled=is_in_session):
             one = all_gather(buffer, make_tensor((3, 5), torch.bfloat16, rank))
             # Not contiguous.
-            two, three = all_gather(buffer, [make_tensor((5, 3), torch.float32, rank).t(), torch.full((2,), rank)])
+            two, three = all_gather(buffer, [make_tensor((5, 3), torch.float32, rank).t(), full((2,), rank)])
             total = reduce_scatter(buffer, make_tensor((num_ranks, 7), torch.bfloat16, rank))
             (twice,) = reduce_scatter(buffer, [make_tensor((num_ranks, 7), torch.bfloat16, rank)])
         assert_bits_equal(one, expected_gather((3, 5), torch.bfloat16))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cp_calls import make_buffer
+from cp_setting import SETTING, arange, ones, tensor
 
 from deep_ep_core.errors import CommTimeoutError, ConfigError, TransportError
 from deep_ep_cp import ContextBuffer, all_gather, reduce_scatter
@@ -24,14 +25,14 @@ class Setup:
         self.buffer = make_buffer(max_calls=MAX_CALLS)
         self.buffer.agrs_set_config(SESSION_BYTES, MAX_CALLS)
         self.idle = make_buffer()
-        self.bare = ContextBuffer(None, 2 << 20, device="cpu")
+        self.bare = ContextBuffer(None, 2 << 20, device=SETTING.device, **SETTING.options)
         self.closed = make_buffer()
         with self.idle.agrs_new_session():
-            self.old_handle = self.idle.all_gather(torch.ones(1))[1]
+            self.old_handle = self.idle.all_gather(ones(1))[1]
         self.closed.close()
         self.closed.close()
         self.buffer.create_agrs_session()
-        self.first, self.wait = self.buffer.all_gather(torch.arange(8))
+        self.first, self.wait = self.buffer.all_gather(arange(8))
         self.num_ranks = self.buffer.num_ranks
 
 
@@ -39,8 +40,8 @@ def full(s: Setup) -> None:
     """Use all calls of a session up, and make one more."""
     with s.idle.agrs_new_session():
         for _ in range(32):
-            s.idle.all_gather(torch.ones(1))
-        s.idle.reduce_scatter(torch.ones(s.num_ranks))
+            s.idle.all_gather(ones(1))
+        s.idle.reduce_scatter(ones(s.num_ranks))
 
 
 def stale(s: Setup) -> None:
@@ -59,7 +60,7 @@ def overlapping(s: Setup) -> None:
 
 
 def wide(num_elements: int) -> torch.Tensor:
-    return torch.ones(num_elements, dtype=torch.uint8)
+    return ones(num_elements, dtype=torch.uint8)
 
 
 # Name: (call, words that its message must hold).
@@ -78,11 +79,11 @@ REJECTIONS: dict[str, tuple[Callable[[Setup], object], tuple[str, ...]]] = {
         ("destroy_agrs_session must be called in a session", "create_agrs_session"),
     ),
     "gather without a session": (
-        lambda s: s.idle.all_gather(torch.ones(1)),
+        lambda s: s.idle.all_gather(ones(1)),
         ("all_gather must be called in a session", "none that is open"),
     ),
     "sum without a session": (
-        lambda s: s.idle.reduce_scatter(torch.ones(s.num_ranks)),
+        lambda s: s.idle.reduce_scatter(ones(s.num_ranks)),
         ("reduce_scatter must be called in a session",),
     ),
     "in-place tensor without a session": (
@@ -128,11 +129,11 @@ REJECTIONS: dict[str, tuple[Callable[[Setup], object], tuple[str, ...]]] = {
     "no tensor": (lambda s: s.buffer.all_gather(3), ("all_gather must be given a tensor, or a sequence", "got int")),
     "an empty batch": (lambda s: s.buffer.all_gather([]), ("a sequence of at least one", "got none")),
     "a batch with a number": (
-        lambda s: s.buffer.reduce_scatter([torch.ones(2), 1]),
+        lambda s: s.buffer.reduce_scatter([ones(2), 1]),
         ("reduce_scatter must be given a tensor", "got Tensor, int"),
     ),
     "not contiguous": (
-        lambda s: s.buffer.all_gather([torch.ones(2), torch.ones(3, 4).t()]),
+        lambda s: s.buffer.all_gather([ones(2), ones(3, 4).t()]),
         ("tensor 1 of all_gather must be dense and contiguous, on cpu", "[4, 3] float32 with strides [1, 4]"),
     ),
     "sparse": (
@@ -140,7 +141,7 @@ REJECTIONS: dict[str, tuple[Callable[[Setup], object], tuple[str, ...]]] = {
         ("must be dense and contiguous", "layout sparse_coo"),
     ),
     "a lazy conjugate": (
-        lambda s: s.buffer.all_gather(torch.ones(2, dtype=torch.complex64).conj()),
+        lambda s: s.buffer.all_gather(ones(2, dtype=torch.complex64).conj()),
         ("must be dense", "as a lazy conjugate", ".resolve_conj()"),
     ),
     "another device": (
@@ -153,19 +154,19 @@ REJECTIONS: dict[str, tuple[Callable[[Setup], object], tuple[str, ...]]] = {
     ),
     "a gathered tensor again": (lambda s: s.buffer.all_gather(s.first), ("must be the in-place tensor", "clone")),
     "a sum of a scalar": (
-        lambda s: s.buffer.reduce_scatter(torch.tensor(1.0)),
+        lambda s: s.buffer.reduce_scatter(tensor(1.0)),
         ("tensor 0 of reduce_scatter must be [num_ranks, ...] with num_ranks = ", "[] float32"),
     ),
     "a sum for other ranks": (
-        lambda s: s.buffer.reduce_scatter([torch.ones(s.num_ranks), torch.ones(s.num_ranks + 1)]),
+        lambda s: s.buffer.reduce_scatter([ones(s.num_ranks), ones(s.num_ranks + 1)]),
         ("tensor 1 of reduce_scatter must be [num_ranks, ...]", "one addend for each rank"),
     ),
     "a sum of truth values": (
-        lambda s: s.buffer.reduce_scatter(torch.ones(s.num_ranks, dtype=torch.bool)),
+        lambda s: s.buffer.reduce_scatter(ones(s.num_ranks, dtype=torch.bool)),
         ("must be of a dtype of bfloat16, float16", "bool", "cast it first"),
     ),
     "a sum of float8": (
-        lambda s: s.buffer.reduce_scatter(torch.ones(s.num_ranks, 2).to(torch.float8_e4m3fn)),
+        lambda s: s.buffer.reduce_scatter(ones(s.num_ranks, 2).to(torch.float8_e4m3fn)),
         ("must be of a dtype of", "float8_e4m3fn"),
     ),
     "a sum of what lies where it arrives": (
@@ -195,7 +196,7 @@ REJECTIONS: dict[str, tuple[Callable[[Setup], object], tuple[str, ...]]] = {
     ),
     # Life.
     "gather in a closed buffer": (
-        lambda s: s.closed.all_gather(torch.ones(1)),
+        lambda s: s.closed.all_gather(ones(1)),
         ("the buffer must be open", "a closed buffer", "make a new one"),
     ),
     "session of a closed buffer": (lambda s: s.closed.create_agrs_session(), ("the buffer must be open",)),
@@ -204,7 +205,7 @@ REJECTIONS: dict[str, tuple[Callable[[Setup], object], tuple[str, ...]]] = {
     "function without a tensor": (lambda s: all_gather(s.idle, 3), ("must be given a tensor", "got int")),
     "function with an empty batch": (lambda s: reduce_scatter(s.idle, []), ("must be given a tensor", "got none")),
     "function without a configuration": (
-        lambda s: all_gather(s.bare, torch.ones(1)),
+        lambda s: all_gather(s.bare, ones(1)),
         ("agrs_set_config must be called before the first session",),
     ),
 }
@@ -215,7 +216,10 @@ CONSTRUCTOR_REJECTIONS: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "size that is no integer": ({"num_bytes": 2.0**21}, ("num_bytes must be a positive multiple", "2097152.0")),
     "no time": ({"num_cpu_timeout_secs": 0}, ("num_cpu_timeout_secs must be positive", "0")),
     "unknown backend": ({"backend": "gpu"}, ('backend must be "auto", "collective" or "device"', "'gpu'")),
-    "device backend": ({"backend": "device"}, ('backend="device" is not part of this version', "collective")),
+    "device backend on a CPU": (
+        {"backend": "device"},
+        ('backend="device" must have a buffer on a CUDA device', "got cpu", 'device="cuda"'),
+    ),
     "unknown device": ({"device": "meta"}, ("device must be a CPU or a CUDA device", "meta")),
 }
 
@@ -239,7 +243,7 @@ def collect_rejections() -> dict[str, tuple[str, str]]:
     assert repr(setup.buffer) == before
     setup.wait()
     assert setup.first.tolist() == [list(range(8))] * setup.num_ranks
-    gathered, wait = setup.buffer.all_gather(torch.ones(3))
+    gathered, wait = setup.buffer.all_gather(ones(3))
     wait()
     assert bool((gathered == 1).all())
     return told
@@ -247,7 +251,7 @@ def collect_rejections() -> dict[str, tuple[str, str]]:
 
 def _call_once(buffer: ContextBuffer, name: str, is_odd: bool) -> None:
     num_ranks = buffer.num_ranks
-    x = torch.ones(4, 3)
+    x = ones(4, 3)
     if name == "configuration":
         buffer.agrs_set_config(1 << (10 + is_odd), 4)
         return
@@ -259,19 +263,19 @@ def _call_once(buffer: ContextBuffer, name: str, is_odd: bool) -> None:
         buffer.destroy_agrs_session()
     with buffer.agrs_new_session():
         if name == "operation" and is_odd:
-            buffer.reduce_scatter(torch.ones(num_ranks, 4, 3))
+            buffer.reduce_scatter(ones(num_ranks, 4, 3))
         elif name == "sum":
-            buffer.reduce_scatter(torch.ones(num_ranks, 4 + is_odd))
+            buffer.reduce_scatter(ones(num_ranks, 4 + is_odd))
         elif name == "seventh tensor":
-            buffer.all_gather([x] * 6 + [torch.ones(4 + is_odd)])
+            buffer.all_gather([x] * 6 + [ones(4 + is_odd)])
         elif name == "length of the batch":
             buffer.all_gather([x] * (2 + is_odd))
         else:
             buffer.all_gather(
                 {
-                    "elements": torch.ones(5, 3),
+                    "elements": ones(5, 3),
                     "dtype": x.int(),
-                    "shape": torch.ones(3, 4),
+                    "shape": ones(3, 4),
                 }.get(name, x)
                 if is_odd
                 else x
@@ -292,9 +296,9 @@ def check_a_buffer_works_on_after_a_disagreement() -> None:
     with buffer.agrs_new_session():
         before = repr(buffer)
         with pytest.raises(ValueError, match="number of elements of tensor 0"):
-            buffer.all_gather(torch.ones(2 + rank))
+            buffer.all_gather(ones(2 + rank))
         assert repr(buffer) == before
-        gathered, wait = buffer.all_gather(torch.tensor([rank]))
+        gathered, wait = buffer.all_gather(tensor([rank]))
         wait()
         assert gathered.flatten().tolist() == list(range(buffer.num_ranks))
 
@@ -307,11 +311,11 @@ def come_late(late_rank: int, timeout_s: float, delay_s: float) -> str:
     try:
         # The end of the session does not hide the error.
         with buffer.agrs_new_session():
-            buffer.reduce_scatter(torch.ones(buffer.num_ranks, 2))
+            buffer.reduce_scatter(ones(buffer.num_ranks, 2))
     except CommTimeoutError as error:
         assert not buffer.is_in_session
         with pytest.raises(TransportError, match="ContextBuffer cannot be used"), buffer.agrs_new_session():
-            buffer.all_gather(torch.ones(2))
+            buffer.all_gather(ones(2))
         return f"{error.peers} {error}"
     return "in time"
 
@@ -320,7 +324,7 @@ def refuse(odd_rank: int, timeout_s: float) -> None:
     """`odd_rank` passes what cannot be taken; the others are told why it does not come."""
     buffer = make_buffer(dist.new_group(), num_cpu_timeout_secs=timeout_s)
     with buffer.agrs_new_session():
-        x = torch.ones(3, 4)
+        x = ones(3, 4)
         buffer.all_gather(x.t() if dist.get_rank() == odd_rank else x)
 
 

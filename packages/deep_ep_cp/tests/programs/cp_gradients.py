@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from cp_calls import assert_bits_equal, expected_gather, expected_sum, make_buffer, make_tensor
+from cp_setting import arange, full, ones
 
 from deep_ep_cp import all_gather, reduce_scatter
 
@@ -22,8 +23,8 @@ def check_gradcheck() -> None:
         # The loss of all ranks, moved along all ranks' directions at once.
         step = 1e-6
         losses = [(function(buffer, x.detach() + sign * step * direction).sin() * weight).sum() for sign in (1, -1)]
-        expected = (losses[0] - losses[1]) / (2 * step)
-        got = (x.grad * direction).sum()
+        expected = ((losses[0] - losses[1]) / (2 * step)).cpu()
+        got = (x.grad * direction).sum().cpu()
         for value in (expected, got):
             dist.all_reduce(value)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
@@ -34,7 +35,7 @@ def check_each_is_the_others_backward() -> None:
     buffer, rank, num_ranks = make_buffer(), dist.get_rank(), dist.get_world_size()
     for dtype in (torch.bfloat16, torch.float32, torch.complex64):
         x = make_tensor((5,), dtype, rank).requires_grad_()
-        y, ids = all_gather(buffer, [x, torch.arange(3)])
+        y, ids = all_gather(buffer, [x, arange(3)])
         assert not ids.requires_grad
         y.backward(make_tensor((num_ranks, 5), dtype, 1, rank))
         assert_bits_equal(x.grad, expected_sum((5,), dtype, 1))
@@ -57,7 +58,7 @@ def check_second_derivatives() -> None:
 def check_who_wants_a_gradient_may_differ() -> None:
     """Rank 0 needs none for the first tensor, and uses one of the results only; backward is the same call for all."""
     buffer, rank, num_ranks = make_buffer(), dist.get_rank(), dist.get_world_size()
-    one, two = torch.ones(3, requires_grad=rank != 0), torch.ones(2, requires_grad=True)
+    one, two = ones(3, requires_grad=rank != 0), ones(2, requires_grad=True)
     first, second = all_gather(buffer, [one, two])
     (second.sum() if rank == 0 else first.sum() + second.sum()).backward()
     assert (one.grad is None) == (rank == 0)
@@ -68,9 +69,9 @@ def check_who_wants_a_gradient_may_differ() -> None:
 
 def check_backward_in_a_session() -> None:
     buffer = make_buffer()
-    x = torch.ones(3, requires_grad=True)
+    x = ones(3, requires_grad=True)
     with buffer.agrs_new_session():
-        kept, wait = buffer.all_gather(torch.full((2,), dist.get_rank()))
+        kept, wait = buffer.all_gather(full((2,), dist.get_rank()))
         all_gather(buffer, x).sum().backward()
         wait()
         assert kept[:, 0].tolist() == list(range(buffer.num_ranks))
