@@ -47,6 +47,14 @@ def test_ranks_that_disagree_are_all_told_who_passed_what(rank_pool, change, fie
         assert outcome.error_attributes["values"][2] == shown
 
 
+@pytest.mark.parametrize("backend", ["auto", "collective"])
+def test_log_says_why_a_table_has_the_collective_backend(rank_pool, backend):
+    for name, said in rank_pool(2).run(engram_failures.chosen_backend, backend):
+        assert name == "collective"
+        assert len(said) == 1
+        assert said[0].startswith("EngramTable uses the collective backend: ")
+
+
 def test_a_late_rank_within_the_timeout_is_waited_for(rank_pool):
     rank_pool(4).run(engram_failures.come_late, 1, 30.0, 0.5)
 

@@ -1,6 +1,7 @@
 """Sizes, the demo, and what the package shows."""
 
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -58,6 +59,42 @@ def test_demo_refuses_what_it_cannot_run():
     assert "--entries and --hidden must be positive" in done.stderr
 
 
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deep_ep_engram.bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_bench_prints_a_json_line_a_case():
+    done = run_bench("--device", "cpu", "--ranks", "2", "--rounds", "2", "--scale-down", "256")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(record["case"], record["memory"]) for record in records] == [
+        ("rows-4k", "device"),
+        ("rows-4k", "host"),
+        ("ngrams", "device"),
+        ("ngrams", "host"),
+    ]
+    for record in records:
+        assert (record["op"], record["backend"], record["num_ranks"], record["num_nodes"]) == (
+            "fetch",
+            "collective",
+            2,
+            1,
+        )
+        assert 0 < record["min_ms"] <= record["median_ms"] <= record["max_ms"]
+        assert record["ratio_to_local"] == record["median_ms"] / record["local_ms"]
+        assert record["baseline_ms"] > 0
+        assert record["command"].startswith("python -m deep_ep_engram.bench --device cpu")
+    # Both ranks read and write 32 rows of 4 KiB on one device.
+    assert records[0]["bytes_moved"] == 2 * 2 * 32 * 4096
+
+
+def test_bench_refuses_a_case_that_there_is_not():
+    done = run_bench("--cases", "rows-4k", "none")
+    assert done.returncode == 2
+    assert "--cases must be of rows-4k, ngrams (got none)" in done.stderr
+
+
 def test_ngrams_that_end_alike_have_the_same_entries():
     """An index depends on the last three tokens and on nothing else, and on all of them."""
     tokens = torch.tensor([5, 1, 2, 3, 9, 1, 2, 3, 1, 3])
@@ -78,10 +115,10 @@ def test_the_package_shows_these_names():
 
 
 def test_every_module_says_what_it_owns_and_has_what_it_names():
-    for info in pkgutil.iter_modules(deep_ep_engram.__path__, "deep_ep_engram."):
+    for info in pkgutil.walk_packages(deep_ep_engram.__path__, "deep_ep_engram."):
         module = importlib.import_module(info.name)
         assert module.__doc__.startswith("Owns "), info.name
-        for name in module.__all__:
+        for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), (info.name, name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -19,7 +19,6 @@ from deep_ep_core.transport import AgreedField
 from deep_ep_engram.sizing import SIZE_ALIGNMENT_BYTES, STORAGE_DTYPES
 
 __all__ = [
-    "BackendName",
     "FetchArgs",
     "TableFacts",
     "TableShape",
@@ -27,13 +26,12 @@ __all__ = [
     "agreed_by_table",
     "agreed_by_write",
     "check_fetch",
+    "check_range",
     "check_sf_rows",
     "check_table",
     "check_write",
+    "out_of_range",
 ]
-
-BackendName = Literal["auto", "collective", "device"]
-"""What `EngramTable` may be asked for."""
 
 _DEVICE_TYPES = ("cpu", "cuda")
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -127,8 +125,8 @@ def _is_matrix(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 2 and value.is_contiguous()
 
 
-def check_table(num_bytes: Any, num_cpu_bytes: Any, num_cpu_timeout_secs: float, backend: Any) -> None:
-    """Check the arguments of the constructor."""
+def check_table(num_bytes: Any, num_cpu_bytes: Any, num_cpu_timeout_secs: float) -> None:
+    """Check the arguments of the constructor, but for the backend."""
     for name, value, low in (("num_bytes", num_bytes, SIZE_ALIGNMENT_BYTES), ("num_cpu_bytes", num_cpu_bytes, 0)):
         if not isinstance(value, int) or value < low or value % SIZE_ALIGNMENT_BYTES:
             raise ConfigError(
@@ -142,21 +140,13 @@ def check_table(num_bytes: Any, num_cpu_bytes: Any, num_cpu_timeout_secs: float,
         )
     if not num_cpu_timeout_secs > 0:
         raise ConfigError(f"num_cpu_timeout_secs must be positive (got {num_cpu_timeout_secs})")
-    if backend not in get_args(BackendName):
-        raise ConfigError(f'backend must be "auto", "collective" or "device" (got {backend!r})')
-    if backend == "device":
-        raise ConfigError(
-            'backend="device" is not part of this version of deep-ep-engram; use backend="auto" or "collective"'
-        )
 
 
-def agreed_by_table(num_bytes: int, num_cpu_bytes: int, backend: BackendName) -> list[AgreedField]:
-    """The arguments of the constructor that every rank must pass alike."""
-    names = get_args(BackendName)
+def agreed_by_table(num_bytes: int, num_cpu_bytes: int) -> list[AgreedField]:
+    """The sizes that every rank must pass alike."""
     return [
         AgreedField(name="num_bytes", value=num_bytes),
         AgreedField(name="num_cpu_bytes", value=num_cpu_bytes),
-        AgreedField(name="backend", value=names.index(backend), show=lambda value: str(names[value])),
     ]
 
 
@@ -228,7 +218,7 @@ def check_sf_rows(rank: int, args: WriteArgs, num_entries: int) -> None:
 def check_fetch(
     facts: TableFacts, shape: TableShape | None, indices: Any, num_qps: Any, use_tma_aligned_col_major_sf: bool
 ) -> FetchArgs:
-    """Check the arguments of a fetch. Reads the indices' values, so on CUDA it waits for them."""
+    """Check the arguments of a fetch, but for the indices' values, which are for the backend."""
     if shape is None:
         raise rejected(
             facts.rank, "engram_fetch needs a table that was written", "none", "call engram_write on every rank first"
@@ -243,8 +233,6 @@ def check_fetch(
         )
     if not isinstance(num_qps, int) or num_qps < 0:
         raise rejected(facts.rank, "num_qps must be an integer >= 0", repr(num_qps), "0 takes the default")
-    if indices.numel():
-        _check_range(facts.rank, shape.num_entries, indices)
     # In device memory the entries take their part of the bytes first.
     entry_bytes = shape.num_entries_of_rank[facts.rank] * shape.row_bytes
     used_bytes = facts.num_cpu_bytes or align_up(entry_bytes, SIZE_ALIGNMENT_BYTES)
@@ -259,15 +247,33 @@ def check_fetch(
     return FetchArgs(indices=indices, num_qps=num_qps, use_tma_aligned_col_major_sf=bool(use_tma_aligned_col_major_sf))
 
 
-def _check_range(rank: int, num_entries: int, indices: torch.Tensor) -> None:
+def check_range(rank: int, num_entries: int, indices: torch.Tensor) -> None:
+    """Check the values of indices. On CUDA the host waits for them."""
+    if not indices.numel():
+        return
     low, high = (int(bound) for bound in indices.aminmax())
     if low >= 0 and high < num_entries:
         return
     is_outside = (indices < 0) | (indices >= num_entries)
     place = is_outside.nonzero()[0].tolist()
-    raise rejected(
+    raise out_of_range(
+        rank,
+        num_entries,
+        f"{int(indices[tuple(place)])} at {place}, {int(is_outside.sum())} such of {math.prod(indices.shape)}",
+    )
+
+
+def out_of_range(rank: int, num_entries: int, found: str) -> ConfigError:
+    """The error for indices that name no entry.
+
+    Args:
+        rank: The rank that wants them.
+        num_entries: Entries of all ranks.
+        found: One of the indices, and where it stands.
+    """
+    return rejected(
         rank,
         f"indices must lie in [0, {num_entries}), the entries of all ranks",
-        f"{int(indices[tuple(place)])} at {place}, {int(is_outside.sum())} such of {math.prod(indices.shape)}",
+        found,
         "look at how they were computed",
     )

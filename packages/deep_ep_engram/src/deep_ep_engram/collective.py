@@ -12,17 +12,23 @@ from dataclasses import dataclass
 
 import torch
 
+from deep_ep_core.backend_choice import OPEN_DEVICE
 from deep_ep_core.errors import CommTimeoutError, TransportError
 from deep_ep_core.stream import EventHandle
 from deep_ep_core.transport import CollectiveTransport
 from deep_ep_engram.backend import Fetched
-from deep_ep_engram.checks import FetchArgs, TableShape, WriteArgs, agreed_by_write, check_sf_rows
+from deep_ep_engram.checks import FetchArgs, TableShape, WriteArgs, check_range
 from deep_ep_engram.messages import PendingMessages, wire_device
 from deep_ep_engram.scales import gather_scales
+from deep_ep_engram.writing import agree_on_write
 
-__all__ = ["OPERATIONS", "CollectiveBackend"]
+__all__ = ["FINISH_WRITE", "OPERATIONS", "CollectiveBackend"]
 
-OPERATIONS = ("open", "engram_write", "engram_fetch")
+FINISH_WRITE = "the end of engram_write"
+"""The operation by which ranks of the device backend know that all entries are in place."""
+
+OPERATIONS = ("open", OPEN_DEVICE, "engram_write", FINISH_WRITE, "engram_fetch")
+"""What the transport of a table must know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,16 +62,8 @@ class CollectiveBackend:
     def write(self, args: WriteArgs) -> TableShape:
         """Replace the table, once all ranks agree on it."""
         self._check_usable()
-        storage, transport = args.storage, self._transport
-        operation = transport.begin("engram_write", agreed_by_write(args), [[len(storage)]] * transport.num_ranks)
-        shape = TableShape(
-            num_entries_of_rank=tuple(values[0] for values in operation.peer_values),
-            hidden=storage.size(1),
-            dtype=storage.dtype,
-            device=storage.device,
-            num_packs=args.num_packs,
-        )
-        check_sf_rows(transport.rank, args, shape.num_entries)
+        storage = args.storage
+        shape = agree_on_write(self._transport, args)
         memory = torch.device("cpu") if self._is_in_host_memory else storage.device
         self._table = _Table(
             shape=shape,
@@ -76,11 +74,16 @@ class CollectiveBackend:
         return shape
 
     def fetch(self, args: FetchArgs) -> _FetchUnderWay:
-        """Ask the owners for each distinct entry once, and send what this rank is asked for."""
+        """Ask the owners for each distinct entry once, and send what this rank is asked for.
+
+        Raises:
+            ConfigError: An index is out of range; nothing was sent. On CUDA the host waits for the indices.
+        """
         self._check_usable()
         assert self._table is not None, "the checks refuse a fetch before a write"
         table, transport = self._table, self._transport
         me, device = transport.rank, table.shape.device
+        check_range(me, table.shape.num_entries, args.indices)
         # Sorted, so the entries of each owner are consecutive.
         distinct, place = args.indices.reshape(-1).long().unique(return_inverse=True)
         num_wanted = torch.searchsorted(distinct, table.starts).diff()

@@ -24,6 +24,18 @@ MIB = 1 << 20
 HEADER_BYTES = 264
 
 
+@dataclass(slots=True)
+class Setting:
+    """Where the cases run: the device of tensors, the backend of tables, and their bytes of host memory."""
+
+    device: str = "cpu"
+    backend: str = "auto"
+    num_cpu_bytes: int = 2 * MIB
+
+
+SETTING = Setting()
+
+
 def random_bytes(num_rows: int, row_bytes: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num_rows, row_bytes), dtype=torch.uint8, generator=generator)
@@ -43,10 +55,10 @@ class Whole:
     sf: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        num = sum(self.counts)
-        self.entries = random_bytes(num, self.hidden * self.dtype.itemsize, self.seed).view(self.dtype)
+        num, device = sum(self.counts), SETTING.device
+        self.entries = random_bytes(num, self.hidden * self.dtype.itemsize, self.seed).to(device).view(self.dtype)
         if self.dtype == FP8:
-            self.sf = random_bytes(num, self.num_packs * 4, self.seed + 1).view(self.sf_dtype)
+            self.sf = random_bytes(num, self.num_packs * 4, self.seed + 1).to(device).view(self.sf_dtype)
 
     def share(self) -> torch.Tensor:
         return self.entries.split(list(self.counts))[dist.get_rank()]
@@ -57,11 +69,15 @@ class Whole:
     def random_indices(self, num_tokens: int, num_each: int, rng: random.Random) -> torch.Tensor:
         num = sum(self.counts)
         flat = [rng.randrange(num) for _ in range(num_tokens * num_each)]
-        return torch.tensor(flat, dtype=rng.choice([torch.int32, torch.int64])).view(num_tokens, num_each)
+        dtype = rng.choice([torch.int32, torch.int64])
+        return torch.tensor(flat, dtype=dtype, device=SETTING.device).view(num_tokens, num_each)
 
     def check(self, fetched: Fetched, indices: torch.Tensor, *, is_col_major: bool = False) -> None:
         num_tokens, num_each = indices.shape
         data, sf = fetched
+        if data.is_cuda:
+            # What is queued behind a kernel that waits may stop the copies of the loopback network, which it waits for.
+            torch.cuda.synchronize()
         flat = indices.reshape(-1).long()
         assert (data.dtype, data.is_contiguous()) == (self.dtype, True)
         assert data.shape == (num_tokens, num_each * self.hidden)
@@ -83,8 +99,14 @@ class Whole:
             assert (columns[:, num_tokens:] == 0).all(), "padding that is not zero"
 
 
-def make_table(num_cpu_bytes: int = 2 * MIB, **arguments: object) -> EngramTable:
-    return EngramTable(None, 8 * MIB, num_cpu_bytes, **{"num_cpu_timeout_secs": 30, **arguments})
+def make_table(num_cpu_bytes: int | None = None, **arguments: object) -> EngramTable:
+    if num_cpu_bytes is None:
+        num_cpu_bytes = SETTING.num_cpu_bytes
+    options = {"num_cpu_timeout_secs": 30, "backend": SETTING.backend, **arguments}
+    table = EngramTable(None, 8 * MIB, num_cpu_bytes, **options)
+    assert table.runtime is not None
+    assert SETTING.backend in ("auto", table.runtime.name)
+    return table
 
 
 def even_counts(num_each: int = 20) -> list[int]:
@@ -92,6 +114,7 @@ def even_counts(num_each: int = 20) -> list[int]:
 
 
 def fetch_and_check(table: EngramTable, whole: Whole, indices: torch.Tensor, *, is_col_major: bool = False) -> None:
+    indices = indices.to(SETTING.device)
     hook = table.engram_fetch(indices, use_tma_aligned_col_major_sf=is_col_major)
     whole.check(hook(), indices, is_col_major=is_col_major)
 
@@ -121,7 +144,7 @@ def check_scale_layouts(sf_dtype: torch.dtype, num_packs: int) -> None:
 def check_uneven_tables() -> None:
     """Each entry is found, whoever has how many."""
     for pattern in ((5, 0, 33, 1), (0, 7, 0, 0), (1, 1, 0, 0)):
-        counts = pattern[: dist.get_world_size()]
+        counts = (pattern * 2)[: dist.get_world_size()]
         if not sum(counts):
             continue
         whole = Whole(counts=counts)
@@ -204,8 +227,8 @@ def check_hooks_in_any_order() -> None:
 
 def check_hook_waits_for_no_other_hook() -> None:
     """Rank 0 gets its entries while no other rank has called its hook."""
-    whole = Whole(counts=even_counts(), hidden=20_000)
-    indices = torch.arange(sum(whole.counts)).view(1, -1)
+    whole = Whole(counts=even_counts(), hidden=10_000)
+    indices = torch.arange(sum(whole.counts), device=SETTING.device).view(1, -1)
     with make_table() as table:
         whole.write(table)
         hook = table.engram_fetch(indices)
@@ -235,8 +258,8 @@ def check_rewrite_between_fetches() -> None:
 
 def check_close_completes_fetches() -> None:
     """Hooks stay valid after the table is closed, and a rank that drops its own keeps nobody waiting."""
-    whole = Whole(counts=even_counts(), hidden=20_000)
-    indices = torch.arange(sum(whole.counts)).view(1, -1)
+    whole = Whole(counts=even_counts(), hidden=10_000)
+    indices = torch.arange(sum(whole.counts), device=SETTING.device).view(1, -1)
     table = make_table()
     whole.write(table)
     hook = table.engram_fetch(indices)
@@ -269,7 +292,7 @@ def check_functions() -> None:
     whole = Whole(counts=even_counts(), dtype=FP8)
     with make_table() as table:
         deep_ep_engram.engram_write(table, whole.share(), whole.sf)
-        indices = torch.tensor([[0, 19], [7, 7]], dtype=torch.int32)
+        indices = torch.tensor([[0, 19], [7, 7]], dtype=torch.int32, device=SETTING.device)
         hook = deep_ep_engram.engram_fetch(table, indices, use_tma_aligned_col_major_sf=True)
         whole.check(hook(), indices, is_col_major=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -124,7 +125,7 @@ CONSTRUCTOR_REJECTIONS: dict[str, tuple[Callable[[], object], Words]] = {
     "an unknown backend": (lambda: EngramTable(None, 2 * MIB, backend="magic"), ("backend must be", "'magic'")),
     "the device backend": (
         lambda: EngramTable(None, 2 * MIB, backend="device"),
-        ('backend="device" is not part of this version of deep-ep-engram', 'use backend="auto"'),
+        ('backend="device" needs GPUs (got none', 'use backend="auto" or "collective"'),
     ),
     "a negative count": (
         lambda: get_engram_storage_size_hint(-1, 2, 3),
@@ -135,6 +136,24 @@ CONSTRUCTOR_REJECTIONS: dict[str, tuple[Callable[[], object], Words]] = {
         ("the dtype of a table must be bfloat16 or float8_e4m3fn", "float16"),
     ),
 }
+
+
+def chosen_backend(backend: str) -> tuple[str, list[str]]:
+    """Which backend a table of CPUs takes, and what the log says of it."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("deep_ep_engram")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with make_table(backend=backend) as table:
+            assert table.runtime is not None
+            return table.runtime.name, said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def message_of(call: Callable[[], object]) -> str | None:
