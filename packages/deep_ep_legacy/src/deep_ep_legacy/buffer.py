@@ -1,7 +1,7 @@
 """Owns `Buffer`: V1's constructor and its normal calls.
 
 It moves nothing itself: arguments are checked in `checks`, rows are moved by `collective`; the low-latency calls are in
-`latency_calls`.
+`latency_calls`. What kernels need is in `device`, which is imported only where it is opened.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
 
+from deep_ep_core.backend_choice import OPEN_DEVICE, BackendName, DeviceOpener, agreed_by_backend, check_backend
 from deep_ep_core.domains import detect_topology
 from deep_ep_core.errors import ConfigError, RankMismatchError
 from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, comm_stream
+from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 from deep_ep_legacy.checks import (
     BufferFacts,
+    check_capture,
     check_combine,
     check_dispatch,
     check_layout,
@@ -32,13 +35,17 @@ from deep_ep_legacy.config import DEFAULT_NUM_SMS, SIZE_ALIGNMENT_BYTES, Config,
 from deep_ep_legacy.extra_arguments import ignore_extra_arguments
 from deep_ep_legacy.handles import Handle
 from deep_ep_legacy.latency_calls import LowLatencyCalls
-from deep_ep_legacy.layout import dispatch_layout
 from deep_ep_legacy.variables import warn_of_v1_variables
 
-__all__ = ["BackendName", "Buffer"]
+if TYPE_CHECKING:
+    from deep_ep_core.nccl import Communicator
+    from deep_ep_legacy.device.context import DeviceContext
+    from deep_ep_legacy.device.normal import NormalDevice
 
-BackendName = Literal["auto", "collective", "device", "nvshmem"]
-"""What `Buffer` may be asked for; this version has "collective" only."""
+__all__ = ["BackendName", "Buffer", "TransportName"]
+
+TransportName = Literal["nccl", "nvshmem"]
+"""What the device backend may be asked to reach peers by; this version has "nccl" only."""
 
 _logger = logging.getLogger("deep_ep_legacy")
 # What an asynchronous call accepts as the event to start after.
@@ -53,9 +60,11 @@ class Buffer(LowLatencyCalls):
 
     Args:
         group: Any `torch.distributed` group; None with `comm`.
-        num_nvl_bytes: Bytes of V1's NVLink buffer, a multiple of 128. The collective backend has no such buffer: the
-            size is kept, is what `get_local_buffer_tensor` shows, and limits no call. Must be alike on all ranks.
-        num_rdma_bytes: The same for RDMA.
+        num_nvl_bytes: Bytes of V1's NVLink buffer, a multiple of 128. It is what `get_local_buffer_tensor` shows, and
+            limits no call. The device backend has a stage of this size, or of 16 MiB if that is more, and moves in
+            rounds what does not fit; the collective backend has none. Must be alike on all ranks.
+        num_rdma_bytes: The same for RDMA. On the device backend rows of low-latency calls lie in memory of this size,
+            so in `low_latency_mode` it must be what `get_low_latency_rdma_size_hint` says for the largest call.
         low_latency_mode: Allow the low-latency calls. Must be alike on all ranks.
         num_qps_per_rank: Network contexts, at least 1; has no effect.
         allow_nvlink_for_low_latency_mode: Has no effect.
@@ -64,9 +73,11 @@ class Buffer(LowLatencyCalls):
         enable_shrink: Keep a mask of ranks that low-latency calls leave out; needs `low_latency_mode`.
         comm: An MPI communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, in place of `group`. Where
             `torch.distributed` is not initialised, this initialises its default group with gloo.
-        backend: "collective" runs on any group. "auto" takes it. "device" and "nvshmem" are not part of this version.
-            Must be alike on all ranks.
-        num_cpu_timeout_secs: How long a call may wait for another rank before it names it and raises.
+        backend: "collective" runs on any group. "device" runs CUDA kernels, on ranks that reach each other's memory by
+            NVLink (one LSA team). "auto" takes it where it can be had. Must be alike on all ranks.
+        transport: How kernels reach peers: "nccl", by the windows of NCCL 2.30.4 or newer. "nvshmem" is not part of
+            this version.
+        num_cpu_timeout_secs: How long a call, or a kernel, may wait for another rank before it names it and raises.
         extra: Arguments of V1's forks; see `dispatch`.
 
     Attributes:
@@ -98,32 +109,35 @@ class Buffer(LowLatencyCalls):
         comm: MpiCommunicator | None = None,
         *,
         backend: BackendName = "auto",
+        transport: TransportName = "nccl",
         num_cpu_timeout_secs: float = 100,
         **extra: Any,
     ) -> None:
-        _check_constructor(num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, num_cpu_timeout_secs, backend)
+        _check_constructor(num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, num_cpu_timeout_secs)
+        check_backend(backend)
+        _check_transport(transport)
         ignore_extra_arguments("Buffer", extra)
         warn_of_v1_variables()
         timeout_s = float(num_cpu_timeout_secs)
-        transport = CollectiveTransport(
-            _group_of(group, comm, timeout_s), timeout_s=timeout_s, name="Buffer", operations=OPERATIONS
+        exchanges = CollectiveTransport(
+            _group_of(group, comm, timeout_s),
+            timeout_s=timeout_s,
+            name="Buffer",
+            operations=(*OPERATIONS, OPEN_DEVICE),
         )
-        backends = get_args(BackendName)
-        transport.begin(
+        exchanges.begin(
             "open",
             [
                 AgreedField(name="num_nvl_bytes", value=num_nvl_bytes),
                 AgreedField(name="num_rdma_bytes", value=num_rdma_bytes),
                 AgreedField(name="low_latency_mode", value=int(bool(low_latency_mode)), show=_show_bool),
                 AgreedField(name="enable_shrink", value=int(bool(enable_shrink)), show=_show_bool),
-                AgreedField(name="backend", value=backends.index(backend), show=lambda value: str(backends[value])),
+                *agreed_by_backend(backend),
             ],
         )
-        if backend == "auto":
-            _logger.info("Buffer uses the collective backend: this version has no other")
-        self.group: dist.ProcessGroup = transport.group
-        self.rank = transport.rank
-        self.group_size = transport.num_ranks
+        self.group: dist.ProcessGroup = exchanges.group
+        self.rank = exchanges.rank
+        self.group_size = exchanges.num_ranks
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
         self.low_latency_mode = bool(low_latency_mode)
@@ -131,9 +145,15 @@ class Buffer(LowLatencyCalls):
         self.enable_shrink = bool(enable_shrink)
         has_cuda = torch.cuda.is_available()
         self._device = torch.device("cuda", torch.cuda.current_device()) if has_cuda else torch.device("cpu")
+        opener = DeviceOpener(exchanges, self._device, backend=backend, timeout_s=timeout_s, logger=_logger)
+        # Where NCCL is used, it knows best which ranks share a node.
+        opener.open_communicator()
         topology = detect_topology(self.group, timeout_s=timeout_s)
         self._facts = BufferFacts(rank=self.rank, num_ranks=self.group_size, num_nodes=topology.num_scaleout_ranks)
-        self._backend: CollectiveBackend | None = CollectiveBackend(transport, topology)
+        self._context: DeviceContext | None = opener.open_backend(
+            lambda communicator: self._open_context(exchanges, communicator, timeout_s)
+        )
+        self._backend: CollectiveBackend | NormalDevice | None = self._make_backend(exchanges, topology)
         self._local_buffers: dict[bool, torch.Tensor] = {}
         self._session = self._make_session(timeout_s)
 
@@ -154,9 +174,14 @@ class Buffer(LowLatencyCalls):
                 "make the buffer with it, or just drop the buffer",
             )
         session, self._session, self._backend = self._session, None, None
+        context, self._context = self._context, None
         self._local_buffers.clear()
-        if session is not None:
-            session.close()
+        try:
+            if session is not None:
+                session.close()
+        finally:
+            if context is not None:
+                context.close()
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -165,7 +190,7 @@ class Buffer(LowLatencyCalls):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Set the SMs of default configs, of all buffers; takes effect in what handles tell of channels only.
+        """Set the SMs of default configs, of all buffers: what kernels take at most, and what handles tell of channels.
 
         Raises:
             ConfigError: The number is odd or negative.
@@ -190,7 +215,7 @@ class Buffer(LowLatencyCalls):
     ) -> torch.Tensor:
         """A view of memory of this rank as large as the NVLink or RDMA buffer, zeros at first.
 
-        The collective backend sends nothing from it and receives nothing into it. It is allocated by the first call.
+        No call sends from it or receives into it. It is allocated by the first call of this method.
 
         Args:
             dtype: Of the view.
@@ -268,17 +293,12 @@ class Buffer(LowLatencyCalls):
 
         Collective: no. Stream: as `dispatch`.
         """
-        self._open_backend()
+        backend = self._open_backend()
         ignore_extra_arguments("get_dispatch_layout", extra)
         check_layout(self._facts, topk_idx, num_experts)
         options = check_streams(self._facts, previous_event, async_finish, allocate_on_comm_stream)
         with CommScope(topk_idx.device, options) as scope:
-            layout = dispatch_layout(
-                topk_idx,
-                num_experts=num_experts,
-                num_ranks=self._facts.num_ranks,
-                num_nodes=self._facts.num_nodes,
-            )
+            layout = backend.layout(topk_idx, num_experts)
             event = scope.finish([topk_idx], layout)
         return (*layout, event)
 
@@ -325,7 +345,8 @@ class Buffer(LowLatencyCalls):
             expert_alignment: The counts of experts are rounded up to a multiple of this.
             num_worst_tokens: Rows of the results, of which the first are real; 0 for as many as arrive. Needs
                 `topk_idx`, and one node.
-            config: Its SMs say how many channels the handle tells; else without effect.
+            config: Its SMs say how many channels the handle tells, and how many SMs kernels take at most; the sizes of
+                chunks have no effect.
             previous_event: Start after this instead of after the current stream. One without an event counts as None.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: Accepted with both of the former; results come from the communication stream's
@@ -347,13 +368,17 @@ class Buffer(LowLatencyCalls):
             CommTimeoutError: A rank died or is late.
 
         Collective: yes. Stream: runs on the communication stream after the current one (or `previous_event`). The host
-        waits for counts and rows.
+        waits for counts and rows; on the device backend for counts, and with `num_worst_tokens` or a handle for
+        nothing, so that a CUDA graph may hold the call. What goes wrong there without the host waiting is raised by
+        the next call.
         """
         backend = self._open_backend()
         ignore_extra_arguments("dispatch", extra)
         with self._rejections_reported("dispatch"):
+            # Not in the scope: a stream that has joined a capture cannot leave it by an error.
+            check_capture(self._facts, handle=handle, num_worst_tokens=num_worst_tokens)
             options = check_streams(self._facts, previous_event, async_finish, allocate_on_comm_stream)
-            # The checks compare counts, which may still be under way on the event's stream: so in the scope.
+            # What lies in tensors may still be under way on the event's stream: so in the scope.
             with CommScope(_device_of(x), options) as scope:
                 args = check_dispatch(
                     self._facts,
@@ -453,11 +478,41 @@ class Buffer(LowLatencyCalls):
         return combined_x, combined_weights, event
 
     def __repr__(self) -> str:
-        state = "destroyed" if self._backend is None else "collective backend"
+        state = "collective backend" if self._context is None else "device backend"
+        state = "destroyed" if self._backend is None else state
         mode = ", low latency" if self.low_latency_mode else ""
         return f"Buffer(rank {self.rank} of {self.group_size}, {self._facts.num_nodes} nodes{mode}, {state})"
 
-    def _open_backend(self) -> CollectiveBackend:
+    def _open_context(
+        self, exchanges: CollectiveTransport, communicator: Communicator, timeout_s: float
+    ) -> DeviceContext:
+        """The window of both families of calls. Collective: yes."""
+        from deep_ep_legacy.device.context import open_context
+        from deep_ep_legacy.device.low_latency import low_latency_needs
+        from deep_ep_legacy.device.normal import normal_needs
+
+        needs = [normal_needs(self.num_nvl_bytes, self.group_size)]
+        if self.low_latency_mode:
+            if self.num_rdma_bytes == 0:
+                raise rejected(
+                    self.rank,
+                    "num_rdma_bytes must be positive for low-latency calls on the device backend",
+                    0,
+                    "pass what get_low_latency_rdma_size_hint says",
+                )
+            needs.append(low_latency_needs(self.num_rdma_bytes))
+        return open_context(exchanges, communicator, needs=needs, timeout_s=timeout_s)
+
+    def _make_backend(self, exchanges: CollectiveTransport, topology: Topology) -> CollectiveBackend | NormalDevice:
+        """What moves the rows of the normal calls. Collective: no."""
+        collective = CollectiveBackend(exchanges, topology, self._facts)
+        if self._context is None:
+            return collective
+        from deep_ep_legacy.device.normal import NormalDevice
+
+        return NormalDevice(self._context, collective)
+
+    def _open_backend(self) -> CollectiveBackend | NormalDevice:
         if self._backend is None:
             raise rejected(self.rank, "the buffer must be open", "a destroyed one", "make a new Buffer")
         return self._backend
@@ -497,7 +552,7 @@ def _group_of(group: dist.ProcessGroup | None, comm: MpiCommunicator | None, tim
 
 
 def _check_constructor(
-    num_nvl_bytes: int, num_rdma_bytes: int, num_qps_per_rank: int, num_cpu_timeout_secs: float, backend: object
+    num_nvl_bytes: int, num_rdma_bytes: int, num_qps_per_rank: int, num_cpu_timeout_secs: float
 ) -> None:
     for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
         if value < 0 or value % SIZE_ALIGNMENT_BYTES != 0:
@@ -509,9 +564,13 @@ def _check_constructor(
         raise ConfigError(f"num_qps_per_rank must be positive (got {num_qps_per_rank}); leave it out")
     if not num_cpu_timeout_secs > 0:
         raise ConfigError(f"num_cpu_timeout_secs must be positive (got {num_cpu_timeout_secs}); pass seconds")
-    if backend not in get_args(BackendName):
-        raise ConfigError(f'backend must be "auto", "collective", "device" or "nvshmem" (got {backend!r})')
-    if backend in ("device", "nvshmem"):
+
+
+def _check_transport(transport: object) -> None:
+    if transport not in get_args(TransportName):
+        raise ConfigError(f'transport must be "nccl" or "nvshmem" (got {transport!r})')
+    if transport == "nvshmem":
         raise ConfigError(
-            f'backend="{backend}" is not part of this version of deep-ep-legacy; use backend="auto" or "collective"'
+            'transport="nvshmem" is not part of this version of deep-ep-legacy; leave it out: "nccl" reaches the ranks '
+            'of an NVLink domain by load and store, and backend="collective" all others'
         )

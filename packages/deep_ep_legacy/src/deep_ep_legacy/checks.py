@@ -1,4 +1,8 @@
-"""Owns the checks of V1's normal calls: every argument, before anything is sent, in words that help."""
+"""Owns the checks of V1's normal calls: every argument, before anything is sent, in words that help.
+
+Only `check_counts` reads what lies in tensors, and so waits for a device; backends that can compare counts there do not
+need it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,15 @@ import torch
 from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import EventHandle, EventOverlap, StreamOptions
 from deep_ep_legacy.config import Config
-from deep_ep_legacy.handles import Handle, RoutingPlan, as_handle, plan_of
+from deep_ep_legacy.handles import Handle, as_handle, num_rows_of
 
 __all__ = [
     "BufferFacts",
     "CombineArgs",
     "DispatchArgs",
+    "check_capture",
     "check_combine",
+    "check_counts",
     "check_dispatch",
     "check_layout",
     "check_streams",
@@ -44,25 +50,28 @@ class DispatchArgs:
     Attributes:
         x, sf: The rows, and their scales or None.
         is_token_in_rank: `[num_tokens, num_ranks]` bool: the routing.
-        topk_idx, topk_weights: Both, or None for both.
+        num_tokens_per_rank: `[num_ranks]`; None with a handle.
+        num_tokens_per_rdma_rank: `[num_nodes]`, with several nodes; None with a handle.
         num_tokens_per_expert: `[num_experts]`; None with a handle.
+        topk_idx, topk_weights: Both, or None for both.
         expert_alignment: The counts of experts are rounded up to it.
         num_worst_tokens: Rows of the results, or 0 for as many as arrive.
-        num_channels: Channels that the new handle tells.
-        handle, plan: Of a cached dispatch; None for both otherwise.
+        config: Its SMs say how many channels a new handle tells, and what kernels may take.
+        handle: Of a cached dispatch; None otherwise.
     """
 
     x: torch.Tensor
     sf: torch.Tensor | None
     is_token_in_rank: torch.Tensor
+    num_tokens_per_rank: torch.Tensor | None
+    num_tokens_per_rdma_rank: torch.Tensor | None
+    num_tokens_per_expert: torch.Tensor | None
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
-    num_tokens_per_expert: torch.Tensor | None
     expert_alignment: int
     num_worst_tokens: int
-    num_channels: int
+    config: Config
     handle: Handle | None
-    plan: RoutingPlan | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,8 +81,8 @@ class CombineArgs:
     x: torch.Tensor
     topk_weights: torch.Tensor | None
     biases: Sequence[torch.Tensor]
+    config: Config
     handle: Handle
-    plan: RoutingPlan
 
 
 def _shown(value: Any) -> str:
@@ -162,7 +171,7 @@ def check_dispatch(
     x, sf = _check_rows(facts, x)
     _check_count(facts, "expert_alignment", expert_alignment, 1)
     _check_count(facts, "num_worst_tokens", num_worst_tokens, 0)
-    num_channels = _checked_config(facts, config, default_config).num_channels
+    config = _checked_config(facts, config, default_config)
     if handle is not None:
         if topk_idx is not None or topk_weights is not None:
             raise rejected(
@@ -180,35 +189,24 @@ def check_dispatch(
             x=x,
             sf=sf,
             is_token_in_rank=known.is_token_in_rank,
+            num_tokens_per_rank=None,
+            num_tokens_per_rdma_rank=None,
+            num_tokens_per_expert=None,
             topk_idx=None,
             topk_weights=None,
-            num_tokens_per_expert=None,
             expert_alignment=expert_alignment,
             num_worst_tokens=0,
-            num_channels=num_channels,
+            config=config,
             handle=known,
-            plan=plan_of(known, facts.rank),
         )
     num_ranks, device = facts.num_ranks, x.device
     _check_tensor(facts, "is_token_in_rank", is_token_in_rank, [len(x), num_ranks], [torch.bool], device)
     _check_tensor(facts, "num_tokens_per_rank", num_tokens_per_rank, [num_ranks], [torch.int32], device)
     _check_tensor(facts, "num_tokens_per_expert", num_tokens_per_expert, ["num_experts"], [torch.int32], device)
     _check_shared_out(facts, len(num_tokens_per_expert))
-    is_per_node = is_token_in_rank.view(-1, facts.num_nodes, num_ranks // facts.num_nodes).any(2)
-    claims = [("num_tokens_per_rank", num_tokens_per_rank, is_token_in_rank)]
     if facts.num_nodes > 1:
         name = "num_tokens_per_rdma_rank"
         _check_tensor(facts, name, num_tokens_per_rdma_rank, [facts.num_nodes], [torch.int32], device)
-        claims.append((name, num_tokens_per_rdma_rank, is_per_node))
-    for name, counts, routing in claims:
-        # The rows follow the routing and the counts tell the peers: where they differ, ranks would wait for ever.
-        if not torch.equal(counts.long(), routing.sum(0)):
-            raise rejected(
-                facts.rank,
-                f"{name} must count the tokens of is_token_in_rank, {routing.sum(0).tolist()}",
-                counts.tolist(),
-                "pass both as get_dispatch_layout returned them",
-            )
     _check_topk(facts, topk_idx, topk_weights, len(x), device)
     if num_worst_tokens and topk_idx is None:
         raise rejected(
@@ -222,15 +220,54 @@ def check_dispatch(
         x=x,
         sf=sf,
         is_token_in_rank=is_token_in_rank,
+        num_tokens_per_rank=num_tokens_per_rank,
+        num_tokens_per_rdma_rank=num_tokens_per_rdma_rank if facts.num_nodes > 1 else None,
+        num_tokens_per_expert=num_tokens_per_expert,
         topk_idx=topk_idx,
         topk_weights=topk_weights,
-        num_tokens_per_expert=num_tokens_per_expert,
         expert_alignment=expert_alignment,
         num_worst_tokens=num_worst_tokens,
-        num_channels=num_channels,
+        config=config,
         handle=None,
-        plan=None,
     )
+
+
+def check_counts(facts: BufferFacts, args: DispatchArgs) -> None:
+    """The counts that came with a new routing, against the routing. Waits for them where they lie on a device.
+
+    Raises:
+        ConfigError: They differ: the rows follow the routing and the counts tell the peers, so ranks would wait for
+            ever.
+    """
+    routing, num_nodes = args.is_token_in_rank, facts.num_nodes
+    claims = [("num_tokens_per_rank", args.num_tokens_per_rank, routing)]
+    if args.num_tokens_per_rdma_rank is not None:
+        is_per_node = routing.view(-1, num_nodes, facts.num_ranks // num_nodes).any(2)
+        claims.append(("num_tokens_per_rdma_rank", args.num_tokens_per_rdma_rank, is_per_node))
+    for name, counts, selected in claims:
+        if counts is not None and not torch.equal(counts.long(), selected.sum(0)):
+            raise rejected(
+                facts.rank,
+                f"{name} must count the tokens of is_token_in_rank, {selected.sum(0).tolist()}",
+                counts.tolist(),
+                "pass both as get_dispatch_layout returned them",
+            )
+
+
+def check_capture(facts: BufferFacts, *, handle: Any, num_worst_tokens: Any) -> None:
+    """Whether a dispatch may be captured, if a CUDA graph is being captured on the current stream.
+
+    Raises:
+        ConfigError: The host would wait for counts, which do not come before the graph runs.
+    """
+    waits = handle is None and num_worst_tokens == 0
+    if waits and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise rejected(
+            facts.rank,
+            "a dispatch that a CUDA graph captures must have num_worst_tokens or a handle",
+            "neither",
+            "pass one: otherwise the host waits for counts",
+        )
 
 
 def _check_rows(facts: BufferFacts, x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -307,19 +344,19 @@ def check_combine(
     """
     _check_tensor(facts, "x", x, ["num_recv_tokens", "hidden"], [torch.bfloat16])
     _check_rows(facts, x)
-    _checked_config(facts, config, default_config)
+    config = _checked_config(facts, config, default_config)
     known = _checked_handle(facts, handle, x.device)
-    plan = plan_of(known, facts.rank)
-    _check_tensor(facts, "x", x, [plan.num_rows, "hidden"], [torch.bfloat16])
+    num_rows = num_rows_of(known)
+    _check_tensor(facts, "x", x, [num_rows, "hidden"], [torch.bfloat16])
     if topk_weights is not None:
-        _check_tensor(facts, "topk_weights", topk_weights, [plan.num_rows, "num_topk"], [torch.float32], x.device)
+        _check_tensor(facts, "topk_weights", topk_weights, [num_rows, "num_topk"], [torch.float32], x.device)
     biases = [] if bias is None else [bias] if isinstance(bias, torch.Tensor) else bias
     if not isinstance(biases, (list, tuple)) or len(biases) > 2:
         raise rejected(facts.rank, "bias must be a tensor, two tensors or None", _shown(bias), "add them up before")
     combined_shape = (len(known.is_token_in_rank), x.size(1))
     for tensor in biases:
         _check_tensor(facts, "bias", tensor, list(combined_shape), [torch.bfloat16], x.device)
-    return CombineArgs(x=x, topk_weights=topk_weights, biases=tuple(biases), handle=known, plan=plan)
+    return CombineArgs(x=x, topk_weights=topk_weights, biases=tuple(biases), config=config, handle=known)
 
 
 def check_streams(

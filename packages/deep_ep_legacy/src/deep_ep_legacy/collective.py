@@ -14,11 +14,17 @@ import torch
 from deep_ep_core.refusals import rejected
 from deep_ep_core.topology import Topology
 from deep_ep_core.transport import AgreedField, CollectiveTransport, Operation, Rows
-from deep_ep_legacy.checks import CombineArgs, DispatchArgs
-from deep_ep_legacy.handles import Handle, InternodeHandle, IntranodeHandle, RoutingPlan
-from deep_ep_legacy.layout import channel_ends, queue_position, received_channel_starts
+from deep_ep_legacy.checks import BufferFacts, CombineArgs, DispatchArgs, check_counts
+from deep_ep_legacy.handles import Handle, InternodeHandle, IntranodeHandle, RoutingPlan, plan_of
+from deep_ep_legacy.layout import (
+    DispatchLayout,
+    channel_ends,
+    dispatch_layout,
+    queue_position,
+    received_channel_starts,
+)
 
-__all__ = ["OPERATIONS", "CollectiveBackend", "DispatchResult"]
+__all__ = ["OPERATIONS", "CollectiveBackend", "DispatchResult", "agreed_by_combine", "agreed_by_dispatch"]
 
 OPERATIONS = ("open", "dispatch", "combine")
 
@@ -58,34 +64,42 @@ class CollectiveBackend:
     Args:
         transport: The group's transport; its operations are `OPERATIONS`.
         topology: Which ranks share a node.
+        facts: What the checks know.
     """
 
-    def __init__(self, transport: CollectiveTransport, topology: Topology) -> None:
+    def __init__(self, transport: CollectiveTransport, topology: Topology, facts: BufferFacts) -> None:
         self._transport = transport
         self._topology = topology
+        self._facts = facts
         self._rank = transport.rank
 
     def report_rejection(self, operation: str, reason: str) -> None:
         """Tell the peers that this rank refuses an operation."""
         self._transport.report_rejection(operation, reason)
 
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        """Count how many tokens go where."""
+        return dispatch_layout(
+            topk_idx, num_experts=num_experts, num_ranks=self._facts.num_ranks, num_nodes=self._facts.num_nodes
+        )
+
     # Dispatch
 
     def dispatch(self, args: DispatchArgs) -> DispatchResult:
         """Send each token to its ranks, and take theirs, ordered by (source rank, token)."""
-        if args.handle is not None and args.plan is not None:
-            operation = self._begin("dispatch", _agreed_by_dispatch(args), args.plan)
-            received = operation.exchange(
-                _row_parts(args, args.plan), args.plan.num_send_rows, args.plan.num_recv_rows, "payload"
-            )
+        if args.handle is not None:
+            plan = plan_of(args.handle, self._rank)
+            operation = self._begin("dispatch", agreed_by_dispatch(args), plan)
+            received = operation.exchange(_row_parts(args, plan), plan.num_send_rows, plan.num_recv_rows, "payload")
             return DispatchResult(
                 recv_x=_as_rows(received[0], args.x),
-                recv_sf=_padded(received[1], args.plan.num_rows) if args.sf is not None else None,
+                recv_sf=_padded(received[1], plan.num_rows) if args.sf is not None else None,
                 recv_topk_idx=None,
                 recv_topk_weights=None,
                 num_recv_tokens_per_expert=None,
                 handle=args.handle,
             )
+        check_counts(self._facts, args)
         return self._dispatch_new(args)
 
     def _dispatch_new(self, args: DispatchArgs) -> DispatchResult:
@@ -138,7 +152,7 @@ class CollectiveBackend:
             [len(args.x), to_node[rank // self._topology.num_scaleup_ranks], args.num_worst_tokens]
             for rank in range(num_ranks)
         ]
-        operation = self._transport.begin("dispatch", _agreed_by_dispatch(args), values)
+        operation = self._transport.begin("dispatch", agreed_by_dispatch(args), values)
         per_rank = args.num_tokens_per_expert.long().view(num_ranks, -1)
         rows = torch.cat([sent.expand(num_ranks, num_ranks), per_rank], dim=1)
         ones = [1] * num_ranks
@@ -180,7 +194,7 @@ class CollectiveBackend:
     def _make_handle(
         self, args: DispatchArgs, plan: RoutingPlan, counts: _Counts, records: torch.Tensor
     ) -> IntranodeHandle:
-        num_channels, src_idx = args.num_channels, records[:, 0]
+        num_channels, src_idx = args.config.num_channels, records[:, 0]
         return IntranodeHandle(
             rank_prefix_matrix=counts.sent.cumsum(0).to(torch.int32),
             channel_prefix_matrix=channel_ends(args.is_token_in_rank, num_channels),
@@ -195,7 +209,7 @@ class CollectiveBackend:
     def _make_wide_handle(
         self, args: DispatchArgs, plan: RoutingPlan, counts: _Counts, records: torch.Tensor
     ) -> InternodeHandle:
-        topology, num_channels, device = self._topology, args.num_channels, args.x.device
+        topology, num_channels, device = self._topology, args.config.num_channels, args.x.device
         is_in_node = self._is_in_node(args.is_token_in_rank)
         ends = counts.sent[:, self._rank].cumsum(0)
         starts = received_channel_starts(records[:, 0], plan.num_recv_rows, counts.num_src_tokens, num_channels)
@@ -225,11 +239,7 @@ class CollectiveBackend:
 
     def combine(self, args: CombineArgs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Bring rows back to the ranks of their tokens, and sum them by increasing rank, biases first."""
-        plan, weights = args.plan, args.topk_weights
-        fields = [
-            AgreedField(name="hidden", value=args.x.size(1)),
-            AgreedField(name="number of columns of topk_weights", value=0 if weights is None else weights.size(1)),
-        ]
+        plan, weights = plan_of(args.handle, self._rank), args.topk_weights
         # What is sent is what was received once.
         back = RoutingPlan(
             send_token_idx=plan.send_token_idx,
@@ -237,7 +247,7 @@ class CollectiveBackend:
             num_recv_rows=plan.num_send_rows,
             num_rows=plan.num_rows,
         )
-        operation = self._begin("combine", fields, back)
+        operation = self._begin("combine", agreed_by_combine(args), back)
         num_rows = sum(back.num_send_rows)
         parts = [Rows(args.x[:num_rows])]
         if weights is not None:
@@ -264,7 +274,16 @@ class CollectiveBackend:
         return operation
 
 
-def _agreed_by_dispatch(args: DispatchArgs) -> list[AgreedField]:
+def agreed_by_combine(args: CombineArgs) -> list[AgreedField]:
+    """The values of a combine that every rank must pass alike."""
+    num_columns = 0 if args.topk_weights is None else args.topk_weights.size(1)
+    return [
+        AgreedField(name="hidden", value=args.x.size(1)),
+        AgreedField(name="number of columns of topk_weights", value=num_columns),
+    ]
+
+
+def agreed_by_dispatch(args: DispatchArgs) -> list[AgreedField]:
     """The values of a dispatch that every rank must pass alike."""
     num_experts = 0 if args.num_tokens_per_expert is None else len(args.num_tokens_per_expert)
     sf_dtype = None if args.sf is None else args.sf.dtype

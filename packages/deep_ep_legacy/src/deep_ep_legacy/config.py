@@ -1,7 +1,7 @@
 """Owns `Config`, the tuning values of V1 with its size hints, and the table of defaults by number of ranks.
 
-The collective backend has no queues, so it uses no chunk size; `num_sms` sets the number of channels that a handle
-tells. The values are checked and kept for callers that size their buffers by them.
+No backend has queues, so none uses a chunk size; `num_sms` sets the number of channels that a handle tells, and how
+many SMs kernels take at most. The values are checked and kept for callers that size their buffers by them.
 """
 
 from __future__ import annotations

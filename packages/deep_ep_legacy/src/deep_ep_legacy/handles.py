@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Handle", "InternodeHandle", "IntranodeHandle", "RoutingPlan", "as_handle", "plan_of"]
+__all__ = ["Handle", "InternodeHandle", "IntranodeHandle", "RoutingPlan", "as_handle", "num_rows_of", "plan_of"]
 
 
 class IntranodeHandle(NamedTuple):
@@ -100,16 +100,21 @@ def as_handle(value: Any, *, num_ranks: int, num_nodes: int) -> Handle | None:
     return handle if is_right and counts.shape == shape else None
 
 
+def num_rows_of(handle: Handle) -> int:
+    """Rows of the received tensors, as of `RoutingPlan`; no wait."""
+    return len(handle.recv_src_idx if isinstance(handle, IntranodeHandle) else handle.recv_src_meta)
+
+
 def plan_of(handle: Handle, rank: int) -> RoutingPlan:
     """The plan that a handle holds; waits for the counts where they lie on a device."""
     if isinstance(handle, IntranodeHandle):
-        ends, num_rows = handle.rank_prefix_matrix[:, rank], len(handle.recv_src_idx)
+        ends = handle.rank_prefix_matrix[:, rank]
     else:
-        ends, num_rows = handle.recv_gbl_rank_prefix_sum, len(handle.recv_src_meta)
+        ends = handle.recv_gbl_rank_prefix_sum
     is_sent = handle.is_token_in_rank
     return RoutingPlan(
         send_token_idx=is_sent.t().nonzero()[:, 1],
         num_send_rows=is_sent.sum(0).tolist(),
         num_recv_rows=ends.diff(prepend=ends.new_zeros(1)).tolist(),
-        num_rows=num_rows,
+        num_rows=num_rows_of(handle),
     )

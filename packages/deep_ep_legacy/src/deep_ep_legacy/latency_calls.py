@@ -5,7 +5,7 @@ What they do is in `low_latency`; the session is made with the buffer, since mak
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from deep_ep_core.transport import CollectiveTransport
 from deep_ep_legacy.extra_arguments import ignore_extra_arguments
 from deep_ep_legacy.low_latency import OPERATIONS, LowLatencySession, RecvHook
 from deep_ep_legacy.low_latency_checks import Handle
+
+if TYPE_CHECKING:
+    from deep_ep_legacy.device.context import DeviceContext
 
 __all__ = ["LowLatencyCalls"]
 
@@ -33,6 +36,7 @@ class LowLatencyCalls:
     low_latency_mode: bool
     enable_shrink: bool
     _session: LowLatencySession | None
+    _context: DeviceContext | None
 
     def _make_session(self, timeout_s: float) -> LowLatencySession | None:
         if not self.low_latency_mode:
@@ -40,7 +44,13 @@ class LowLatencyCalls:
         transport = CollectiveTransport(
             self.group, timeout_s=timeout_s, name="Buffer in low-latency mode", operations=OPERATIONS
         )
-        return LowLatencySession(transport, rank=self.rank, num_ranks=self.group_size, enable_shrink=self.enable_shrink)
+        return LowLatencySession(
+            transport,
+            rank=self.rank,
+            num_ranks=self.group_size,
+            enable_shrink=self.enable_shrink,
+            context=self._context,
+        )
 
     def _open_session(self) -> LowLatencySession:
         if self._session is None:

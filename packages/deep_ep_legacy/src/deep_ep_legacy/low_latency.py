@@ -1,13 +1,13 @@
 """Owns `LowLatencySession`: the low-latency calls of DeepEP V1 for a group, their streams, events and hooks.
 
-Arguments are checked in `low_latency_checks`, rows are moved by `low_latency_dispatch` and `low_latency_combine`. It
-does not own normal-mode calls, nor the transport that it is given.
+Arguments are checked in `low_latency_checks`, rows are moved by a backend: `low_latency_backends` has the collective
+one. It does not own normal-mode calls, nor the transport that it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,36 +15,41 @@ from deep_ep_core.errors import ConfigError
 from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, EventOverlap, StreamOptions
 from deep_ep_core.transport import CollectiveTransport
+from deep_ep_legacy.low_latency_backends import CollectiveLatency, CombineCall, DispatchCall, LatencyBackend
 from deep_ep_legacy.low_latency_checks import (
     Handle,
-    agreed_sizes,
     check_combine,
+    check_device,
     check_dispatch,
     check_handle,
     check_mask_status,
     check_sizes,
     check_streams,
 )
-from deep_ep_legacy.low_latency_combine import CombineArgs, CombineUnderWay
-from deep_ep_legacy.low_latency_dispatch import DispatchArgs, DispatchUnderWay
-from deep_ep_legacy.low_latency_peers import OPERATIONS, Peers
+from deep_ep_legacy.low_latency_combine import CombineArgs
+from deep_ep_legacy.low_latency_dispatch import DispatchArgs
+from deep_ep_legacy.low_latency_peers import OPERATIONS
+from deep_ep_legacy.low_latency_pending import PendingCalls, RecvHook
 from deep_ep_legacy.low_latency_sizing import get_low_latency_rdma_size_hint
+
+if TYPE_CHECKING:
+    from deep_ep_legacy.device.context import DeviceContext
 
 __all__ = ["OPERATIONS", "LowLatencySession", "RecvHook"]
 
-RecvHook: TypeAlias = Callable[[], None]
-"""Waits for the rows of its call and fills what the call returned. Once is enough; again does nothing."""
-
-_UnderWay = TypeVar("_UnderWay", DispatchUnderWay, CombineUnderWay)
+_Call = TypeVar("_Call", DispatchCall, CombineCall)
 
 # Two operations may be under way, each in a half of the buffer of its own.
 _NUM_HALVES = 2
 
 
 class LowLatencySession:
-    """Low-latency dispatch and combine between the ranks of a group, on the collective backend.
+    """Low-latency dispatch and combine between the ranks of a group.
 
     Rows of an expert are ordered by source rank and token, so results are the same in every run.
+
+    On the device backend the host waits for nothing, a CUDA graph can capture all calls, and what went wrong is raised
+    by a later call. Two calls may have sent and not received: a third one receives for the first, as its hook would.
 
     Args:
         transport: The group's transport; its operations include `OPERATIONS`.
@@ -52,18 +57,24 @@ class LowLatencySession:
         num_ranks: Ranks of the group.
         enable_shrink: Keep a mask of ranks that take no part. A rank that is late is then masked, with a warning,
             instead of raised. A late rank costs the timeout once.
+        context: Window and kernels of the device backend; None for the collective one.
 
     Collective: no; all calls are, unless they say otherwise, and all ranks make the same ones in the same order.
     """
 
     def __init__(
-        self, transport: CollectiveTransport, *, rank: int, num_ranks: int, enable_shrink: bool = False
+        self,
+        transport: CollectiveTransport,
+        *,
+        rank: int,
+        num_ranks: int,
+        enable_shrink: bool = False,
+        context: DeviceContext | None = None,
     ) -> None:
         assert (rank, num_ranks) == (transport.rank, transport.num_ranks), (rank, num_ranks)
         self._rank, self._num_ranks = rank, num_ranks
-        self._peers = Peers(transport, enable_shrink=enable_shrink)
-        # Also keeps messages alive whose hook the caller dropped.
-        self._under_way: list[DispatchUnderWay | CombineUnderWay] = []
+        self._backend = _make_backend(transport, context, enable_shrink=enable_shrink)
+        self._pending = PendingCalls(self._backend.max_under_way)
         self._half = 0
         self._combine_buffers: list[torch.Tensor | None] = [None] * _NUM_HALVES
 
@@ -100,8 +111,8 @@ class LowLatencySession:
             num_max_dispatch_tokens_per_rank: Most tokens of any rank. Alike on all ranks.
             num_experts: Experts of all ranks, a multiple of them. Alike on all ranks.
             cumulative_local_expert_recv_stats: int32 `[num_local_experts]`: the rows of each expert are added to it.
-            dispatch_wait_recv_cost_stats: int64 `[num_ranks]`: the nanoseconds that the host waited for the rows of
-                each rank are added to it. (DeepEP counts cycles of an SM.)
+            dispatch_wait_recv_cost_stats: int64 `[num_ranks]`: the nanoseconds that the host, or the kernel, waited for
+                the rows of each rank are added to it. (DeepEP counts cycles of an SM.)
             use_fp8: Cast to float8_e4m3fn with one scale for 128 channels. Alike on all ranks.
             round_scale: Round scales up to powers of two. Alike on all ranks.
             use_ue8m0: Return scales as packed exponents; needs `use_fp8`, `round_scale` and a hidden size that is a
@@ -125,10 +136,10 @@ class LowLatencySession:
             CommTimeoutError: A rank died or is late, and there is no mask.
 
         Collective: yes. Stream: runs on the communication stream, which waits for the current one; with
-        `return_recv_hook` the call and the hook run on the stream that is current in the call. The host waits in the
-        call until the ranks agree, so a CUDA graph cannot capture it.
+        `return_recv_hook` the call and the hook run on the stream that is current in the call. On the collective
+        backend the host waits in the call until the ranks agree, so a CUDA graph cannot capture it.
         """
-        with self._peers.rejections_reported("low_latency_dispatch"):
+        with self._backend.rejections_reported("low_latency_dispatch"):
             check_streams(self._rank, async_finish, return_recv_hook)
             check_dispatch(
                 self._rank,
@@ -142,7 +153,9 @@ class LowLatencySession:
                 use_fp8=use_fp8,
                 round_scale=round_scale,
                 use_ue8m0=use_ue8m0,
+                reads_values=self._backend.reads_indices,
             )
+            check_device(self._rank, "x", x, self._backend.device)
         args = DispatchArgs(
             x=x,
             topk_idx=topk_idx,
@@ -154,13 +167,18 @@ class LowLatencySession:
             round_scale=round_scale,
             use_ue8m0=use_ue8m0,
         )
-        under_way, event, hook = self._run(
-            lambda: DispatchUnderWay(self._peers, args), args, x.device, async_finish, return_recv_hook
+        call, event, hook = self._run(
+            lambda: self._backend.dispatch(args, is_split=return_recv_hook),
+            args,
+            x.device,
+            async_finish,
+            return_recv_hook,
         )
-        recv_x: tuple[torch.Tensor, torch.Tensor] | torch.Tensor = under_way.recv_x
-        if under_way.recv_scales is not None:
-            recv_x = (under_way.recv_x, under_way.recv_scales)
-        return recv_x, under_way.recv_count, under_way.handle, event, hook
+        results = call.results
+        recv_x: tuple[torch.Tensor, torch.Tensor] | torch.Tensor = results.recv_x
+        if results.recv_scales is not None:
+            recv_x = (results.recv_x, results.recv_scales)
+        return recv_x, results.recv_count, results.handle, event, hook
 
     @torch.no_grad()
     def low_latency_combine(
@@ -197,13 +215,13 @@ class LowLatencySession:
 
         Raises:
             ConfigError: An argument cannot be taken. That `topk_idx` is not that of the dispatch shows only when the
-                rows are there, so the hook may raise it.
+                rows are there, so the hook may raise it; the device backend does not see it.
             RankMismatchError: Ranks passed different sizes or flags, or called different operations.
             CommTimeoutError: A rank died or is late, and there is no mask.
 
         Collective: yes. Stream: as the dispatch.
         """
-        with self._peers.rejections_reported("low_latency_combine"):
+        with self._backend.rejections_reported("low_latency_combine"):
             check_streams(self._rank, async_finish, return_recv_hook)
             handle = check_handle(self._rank, self._num_ranks, handle)
             check_combine(
@@ -217,7 +235,9 @@ class LowLatencySession:
                 zero_copy=zero_copy,
                 out=out,
                 wait_stats=combine_wait_recv_cost_stats,
+                reads_values=self._backend.reads_indices,
             )
+            check_device(self._rank, "x", x, self._backend.device)
             if zero_copy:
                 x = self._filled_combine_buffer(x)
         args = CombineArgs(
@@ -229,10 +249,14 @@ class LowLatencySession:
             out=out,
             wait_stats=combine_wait_recv_cost_stats,
         )
-        under_way, event, hook = self._run(
-            lambda: CombineUnderWay(self._peers, args), args, x.device, async_finish, return_recv_hook
+        call, event, hook = self._run(
+            lambda: self._backend.combine(args, is_split=return_recv_hook),
+            args,
+            x.device,
+            async_finish,
+            return_recv_hook,
         )
-        return under_way.combined_x, event, hook
+        return call.combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: Handle) -> torch.Tensor:
         """Where the next combine with `zero_copy=True` takes its rows from; fill it after this call and before that.
@@ -260,7 +284,7 @@ class LowLatencySession:
         return buffer
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Return when all ranks have called it. There is nothing to zero on the collective backend.
+        """Meet all ranks: the host waits for them, or the current stream on the device backend. Nothing needs zeros.
 
         Args:
             num_max_dispatch_tokens_per_rank: As in the calls that follow; alike on all ranks, as the others.
@@ -274,11 +298,11 @@ class LowLatencySession:
 
         Collective: yes.
         """
-        with self._peers.rejections_reported("clean_low_latency_buffer"):
+        with self._backend.rejections_reported("clean_low_latency_buffer"):
             check_sizes(self._rank, self._num_ranks, num_max_dispatch_tokens_per_rank, hidden, num_experts)
-        self._peers.open(
-            "clean_low_latency_buffer", agreed_sizes(num_max_dispatch_tokens_per_rank, hidden, num_experts)
-        )
+        self._pending.make_room()
+        self._backend.meet(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        self._pending.count()
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Mask a rank, or take it back, in the calls of this rank that follow.
@@ -292,9 +316,9 @@ class LowLatencySession:
         Raises:
             ConfigError: There is no mask, or no such other rank.
 
-        Collective: no.
+        Collective: no. Stream: on the device backend, in the order of the current one.
         """
-        current = self._mask()
+        self._need_mask()
         if not isinstance(rank_to_mask, int) or not 0 <= rank_to_mask < self._num_ranks or rank_to_mask == self._rank:
             raise rejected(
                 self._rank,
@@ -302,7 +326,7 @@ class LowLatencySession:
                 repr(rank_to_mask),
                 "pass a rank of the group",
             )
-        current[rank_to_mask] = bool(mask)
+        self._backend.set_masked(rank_to_mask, bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Write the mask to `mask_status`, int32 `[num_ranks]`: 1 for a masked rank, else 0.
@@ -312,9 +336,9 @@ class LowLatencySession:
 
         Collective: no.
         """
-        current = self._mask()
+        self._need_mask()
         check_mask_status(self._rank, self._num_ranks, mask_status)
-        mask_status.copy_(torch.tensor(current))
+        self._backend.copy_mask(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Take all ranks back, as `low_latency_update_mask_buffer` does with one.
@@ -324,11 +348,11 @@ class LowLatencySession:
 
         Collective: no.
         """
-        current = self._mask()
-        current[:] = [False] * self._num_ranks
+        self._need_mask()
+        self._backend.clean_mask()
 
     def close(self) -> None:
-        """Wait for the rows that are under way, whose hooks were not called. May be called again.
+        """Receive the rows that are under way, whose hooks were not called. May be called again.
 
         Raises:
             CommTimeoutError: A rank died before it sent them, and there is no mask.
@@ -337,17 +361,14 @@ class LowLatencySession:
         """
         self._combine_buffers = [None] * _NUM_HALVES
         # After a failure the messages may never arrive, and their hooks say so.
-        while self._under_way and not self._peers.has_failed:
-            self._under_way[0].complete()
-            del self._under_way[0]
+        self._pending.complete_all(lambda: self._backend.has_failed)
 
-    def _mask(self) -> list[bool]:
-        if self._peers.mask is None:
+    def _need_mask(self) -> None:
+        if not self._backend.has_mask:
             raise ConfigError(
                 f"ranks can be masked only with enable_shrink=True (got False, on rank {self._rank}); make the buffer "
                 "with it"
             )
-        return self._peers.mask
 
     def _filled_combine_buffer(self, x: torch.Tensor) -> torch.Tensor:
         """What a combine without a copy sends."""
@@ -362,36 +383,37 @@ class LowLatencySession:
             )
         return buffer
 
+    def _count_call(self) -> None:
+        self._pending.count()
+        self._half = (self._half + 1) % _NUM_HALVES
+
     def _run(
         self,
-        start: Callable[[], _UnderWay],
+        start: Callable[[], _Call],
         args: DispatchArgs | CombineArgs,
         device: torch.device,
         async_finish: bool,
         return_recv_hook: bool,
-    ) -> tuple[_UnderWay, EventOverlap, RecvHook | None]:
+    ) -> tuple[_Call, EventOverlap, RecvHook | None]:
         """Run an operation to its end, or until its rows are under way."""
+        self._pending.make_room()
         if return_recv_hook:
-            under_way = start()
-            self._half = (self._half + 1) % _NUM_HALVES
-            self._under_way.append(under_way)
-            return under_way, EventOverlap(None), self._hook_of(under_way, device)
+            call = start()
+            self._count_call()
+            return call, EventOverlap(None), self._pending.add(call, device)
         with CommScope(device, StreamOptions(async_with_compute_stream=async_finish), may_stay=True) as scope:
-            under_way = start()
-            self._half = (self._half + 1) % _NUM_HALVES
-            under_way.complete()
-            event = scope.finish(args.inputs, under_way.outputs)
-        return under_way, event, None
+            call = start()
+            self._count_call()
+            call.complete()
+            event = scope.finish(args.inputs, call.outputs)
+        return call, event, None
 
-    def _hook_of(self, under_way: DispatchUnderWay | CombineUnderWay, device: torch.device) -> RecvHook:
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-        @torch.no_grad()
-        def hook() -> None:
-            if under_way in self._under_way:
-                # What it fills was allocated on the stream of the call.
-                with torch.cuda.stream(stream):
-                    under_way.complete()
-                self._under_way.remove(under_way)
+def _make_backend(
+    transport: CollectiveTransport, context: DeviceContext | None, *, enable_shrink: bool
+) -> LatencyBackend:
+    if context is None:
+        return CollectiveLatency(transport, enable_shrink=enable_shrink)
+    from deep_ep_legacy.device.low_latency import DeviceLatency
 
-        return hook
+    return DeviceLatency(context, enable_shrink=enable_shrink)

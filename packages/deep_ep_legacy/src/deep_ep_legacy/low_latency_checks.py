@@ -15,6 +15,7 @@ __all__ = [
     "Handle",
     "agreed_sizes",
     "check_combine",
+    "check_device",
     "check_dispatch",
     "check_handle",
     "check_mask_status",
@@ -90,12 +91,14 @@ def check_sizes(rank: int, num_ranks: int, num_max_tokens: Any, hidden: Any, num
         )
 
 
-def _check_topk_idx(rank: int, topk_idx: Any, num_tokens: int, num_experts: int, device: torch.device) -> None:
+def _check_topk_idx(
+    rank: int, topk_idx: Any, num_tokens: int, num_experts: int, device: torch.device, *, reads_values: bool
+) -> None:
     want = _Want((num_tokens, -1), _INDEX_DTYPES, f"[num_tokens = {num_tokens}, num_topk]")
     _check_tensor(rank, "topk_idx", topk_idx, want, device)
     if topk_idx.size(1) < 1:
         raise rejected(rank, "topk_idx must have a column at least", _shown(topk_idx), "pass -1 for no selection")
-    if topk_idx.numel():
+    if reads_values and topk_idx.numel():
         low, high = (int(value) for value in torch.aminmax(topk_idx))
         if low < -1 or high >= num_experts:
             raise rejected(
@@ -119,8 +122,9 @@ def check_dispatch(
     use_fp8: bool,
     round_scale: bool,
     use_ue8m0: bool,
+    reads_values: bool,
 ) -> None:
-    """Check a dispatch. Reads the values of `topk_idx`, so it waits for the device."""
+    """Check a dispatch. With `reads_values` also what `topk_idx` holds, which waits for its device."""
     _check_tensor(rank, "x", x, _Want((-1, -1), (torch.bfloat16,), "[num_tokens, hidden]"))
     check_sizes(rank, num_ranks, num_max_tokens, x.size(1), num_experts)
     if len(x) > num_max_tokens:
@@ -130,7 +134,7 @@ def check_dispatch(
             len(x),
             "pass more, on every rank, or fewer rows",
         )
-    _check_topk_idx(rank, topk_idx, len(x), num_experts, x.device)
+    _check_topk_idx(rank, topk_idx, len(x), num_experts, x.device, reads_values=reads_values)
     if use_ue8m0 and not (round_scale and use_fp8):
         raise rejected(
             rank,
@@ -189,13 +193,14 @@ def check_combine(
     zero_copy: bool,
     out: Any,
     wait_stats: Any,
+    reads_values: bool,
 ) -> None:
-    """Check a combine. Reads the values of `topk_idx`, so it waits for the device."""
+    """Check a combine. With `reads_values` also what `topk_idx` holds, which waits for its device."""
     src_info, _, num_max_tokens, hidden, num_experts = handle
     shape = (*src_info.shape, hidden)
     _check_tensor(rank, "x", x, _Want(shape, (torch.bfloat16,), f"{list(shape)}"), src_info.device)
     num_tokens = len(topk_idx) if isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2 else -1
-    _check_topk_idx(rank, topk_idx, num_tokens, num_experts, x.device)
+    _check_topk_idx(rank, topk_idx, num_tokens, num_experts, x.device, reads_values=reads_values)
     if num_tokens > num_max_tokens:
         raise rejected(
             rank,
@@ -217,6 +222,17 @@ def check_combine(
         want = _Want((num_tokens, hidden), (torch.bfloat16,), f"[num_tokens = {num_tokens}, hidden = {hidden}]")
         _check_tensor(rank, "out", out, want, x.device)
     _check_wait_stats(rank, num_ranks, "combine_wait_recv_cost_stats", wait_stats, x.device)
+
+
+def check_device(rank: int, name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
+    """Check that a tensor is on the only device that a backend takes; None for any."""
+    if device is not None and tensor.device != device:
+        raise rejected(
+            rank,
+            f"{name} must be on {device} in low-latency calls of the device backend",
+            tensor.device,
+            'move it, or make the buffer with backend="collective"',
+        )
 
 
 def check_mask_status(rank: int, num_ranks: int, mask_status: Any) -> None:

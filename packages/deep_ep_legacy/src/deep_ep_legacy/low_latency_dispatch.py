@@ -15,7 +15,7 @@ from deep_ep_legacy.low_latency_fp8 import CHANNELS_PER_PACK, CHANNELS_PER_SCALE
 from deep_ep_legacy.low_latency_layout import PackedPlaces, select
 from deep_ep_legacy.low_latency_peers import Peers
 
-__all__ = ["DispatchArgs", "DispatchUnderWay"]
+__all__ = ["DispatchArgs", "DispatchResults", "DispatchUnderWay"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,14 +38,56 @@ class DispatchArgs:
         return [self.x, self.topk_idx, self.recv_stats, self.wait_stats]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DispatchResults:
+    """What a dispatch fills, on every backend.
+
+    Attributes:
+        recv_x: `[num_local_experts, num_ranks * num_max_tokens, hidden]`.
+        recv_scales: Scales of the rows, row by row neighbours in memory; None with bfloat16.
+        recv_count: int32 `[num_local_experts]`.
+        handle: What the combine is given.
+    """
+
+    recv_x: torch.Tensor
+    recv_scales: torch.Tensor | None
+    recv_count: torch.Tensor
+    handle: Handle
+
+    @classmethod
+    def empty(cls, args: DispatchArgs, *, num_ranks: int) -> DispatchResults:
+        """Memory for the results, on the current stream."""
+        x, num_local_experts = args.x, args.num_experts // num_ranks
+        hidden, rows_per_expert = x.size(1), num_ranks * args.num_max_tokens
+        shape = (num_local_experts, rows_per_expert)
+        recv_scales = None
+        if args.use_fp8:
+            channels, dtype = CHANNELS_PER_SCALE, torch.float32
+            if args.use_ue8m0:
+                channels, dtype = CHANNELS_PER_PACK, torch.int32
+            # Column by column in memory, as GEMMs read them.
+            columns = x.new_empty(num_local_experts, hidden // channels, rows_per_expert, dtype=dtype)
+            recv_scales = columns.transpose(1, 2)
+        src_info = x.new_empty(shape, dtype=torch.int32)
+        layout_range = x.new_empty(num_local_experts, num_ranks, dtype=torch.int64)
+        return cls(
+            recv_x=x.new_empty(*shape, hidden, dtype=torch.float8_e4m3fn if args.use_fp8 else torch.bfloat16),
+            recv_scales=recv_scales,
+            recv_count=x.new_empty(num_local_experts, dtype=torch.int32),
+            handle=(src_info, layout_range, args.num_max_tokens, hidden, args.num_experts),
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """All of them."""
+        return [self.recv_x, self.recv_scales, self.recv_count, *self.handle[:2]]
+
+
 class DispatchUnderWay:
     """A dispatch whose rows are under way once this is made.
 
     Attributes:
-        recv_x: `[num_local_experts, num_ranks * num_max_tokens, hidden]`, filled by `complete`, as the others are.
-        recv_scales: Scales of the rows; None with bfloat16.
-        recv_count: int32 `[num_local_experts]`.
-        handle: What the combine is given.
+        results: Filled by `complete`.
     """
 
     def __init__(self, peers: Peers, args: DispatchArgs) -> None:
@@ -74,30 +116,16 @@ class DispatchUnderWay:
         else:
             parts = [heads, x[chosen.token_idx]]
         self._exchange = RowExchange(peers, call, parts, num_send=chosen.num_of_rank, num_recv=self._num_recv)
-        rows_per_expert = num_ranks * args.num_max_tokens
-        shape = (self._num_local_experts, rows_per_expert)
-        self.recv_x = x.new_empty(*shape, hidden, dtype=torch.float8_e4m3fn if args.use_fp8 else torch.bfloat16)
-        self.recv_scales: torch.Tensor | None = None
-        if args.use_fp8:
-            channels, dtype = CHANNELS_PER_SCALE, torch.float32
-            if args.use_ue8m0:
-                channels, dtype = CHANNELS_PER_PACK, torch.int32
-            # Column by column in memory, as GEMMs read them.
-            columns = x.new_empty(self._num_local_experts, hidden // channels, rows_per_expert, dtype=dtype)
-            self.recv_scales = columns.transpose(1, 2)
-        self.recv_count = x.new_empty(self._num_local_experts, dtype=torch.int32)
-        src_info = x.new_empty(shape, dtype=torch.int32)
-        layout_range = x.new_empty(self._num_local_experts, num_ranks, dtype=torch.int64)
-        self.handle: Handle = (src_info, layout_range, args.num_max_tokens, hidden, args.num_experts)
+        self.results = DispatchResults.empty(args, num_ranks=num_ranks)
 
     @property
     def outputs(self) -> list[torch.Tensor | None]:
         """Every tensor that the caller is given."""
-        return [self.recv_x, self.recv_scales, self.recv_count, *self.handle[:2]]
+        return self.results.tensors
 
     def complete(self) -> None:
         """Wait for the rows, and lay them out."""
-        args, num_ranks = self._args, self._peers.transport.num_ranks
+        args, num_ranks, results = self._args, self._peers.transport.num_ranks, self.results
         parts, wait_ns = self._exchange.complete()
         device = args.x.device
         src_rank = torch.arange(num_ranks, device=device).repeat_interleave(torch.tensor(self._num_recv, device=device))
@@ -107,14 +135,14 @@ class DispatchUnderWay:
             parts, src_rank = [part[has_arrived] for part in parts], src_rank[has_arrived]
         heads, rows = parts[:2]
         places = PackedPlaces.of(heads[:, 0], src_rank, num_ranks=num_ranks, num_local_experts=self._num_local_experts)
-        src_info, layout_range, *_ = self.handle
+        src_info, layout_range, *_ = results.handle
         where = (places.local_expert_idx, places.row_idx)
-        self.recv_x.view(rows.dtype)[where] = rows
+        results.recv_x.view(rows.dtype)[where] = rows
         src_info[where] = heads[:, 1]
-        if self.recv_scales is not None:
-            self.recv_scales[where] = pack_ue8m0(parts[2]) if args.use_ue8m0 else parts[2]
+        if results.recv_scales is not None:
+            results.recv_scales[where] = pack_ue8m0(parts[2]) if args.use_ue8m0 else parts[2]
         layout_range.copy_(places.layout_range)
-        self.recv_count.copy_(places.num_rows)
+        results.recv_count.copy_(places.num_rows)
         if args.recv_stats is not None:
             args.recv_stats.add_(places.num_rows)
         add_wait_ns(args.wait_stats, wait_ns)

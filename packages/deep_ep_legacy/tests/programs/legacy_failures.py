@@ -219,12 +219,18 @@ CONSTRUCTOR_REJECTIONS: dict[str, tuple[Callable[[], object], Words]] = {
     "negative bytes": (lambda: Buffer(None, 0, -128), ("num_rdma_bytes must be a multiple of 128", "-128")),
     "no QPs": (lambda: Buffer(None, num_qps_per_rank=0), ("num_qps_per_rank must be positive",)),
     "no timeout": (lambda: Buffer(None, num_cpu_timeout_secs=0), ("num_cpu_timeout_secs must be positive",)),
-    "another backend": (lambda: Buffer(None, backend="mpi"), ('"collective", "device" or "nvshmem" (got \'mpi\')',)),
-    "the device backend": (
-        lambda: Buffer(None, backend="device"),
-        ('backend="device" is not part of this version of deep-ep-legacy',),
+    "another backend": (
+        lambda: Buffer(None, backend="mpi"),
+        ('backend must be "auto", "collective" or "device"', "mpi"),
     ),
-    "NVSHMEM": (lambda: Buffer(None, backend="nvshmem"), ('backend="nvshmem" is not part of this version',)),
+    "another transport": (
+        lambda: Buffer(None, transport="ib"),
+        ('transport must be "nccl" or "nvshmem" (got \'ib\')',),
+    ),
+    "NVSHMEM": (
+        lambda: Buffer(None, transport="nvshmem"),
+        ('transport="nvshmem" is not part of this version of deep-ep-legacy', "NVLink", 'backend="collective"'),
+    ),
     "an unknown argument": (
         lambda: Buffer(None, compress=True),
         ("Buffer must be called without arguments that it does not have (got compress=True)",),

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
+
+from deep_ep_legacy import Buffer
 
 NUM_EXPERTS = 8
 NUM_TOPK = 2
 HIDDEN = 512
 MAX_TOKENS = 16
 GROUP = 128
+
+_devices = [torch.device("cpu")]
+
+
+@contextlib.contextmanager
+def on_device_backend() -> Iterator[None]:
+    """In the block, batches are on this rank's GPU, and buffers of V1 have the device backend where none is named."""
+    device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    defaults = Buffer.__init__.__kwdefaults__
+    _devices.append(device)
+    before, defaults["backend"] = defaults["backend"], "device"
+    try:
+        yield
+        torch.cuda.synchronize()
+        dist.barrier()
+    finally:
+        _devices.pop()
+        defaults["backend"] = before
 
 
 class Problem:
@@ -30,6 +54,9 @@ class Problem:
         self.topk_weights = torch.randint(1, 3, (num_tokens, NUM_TOPK), generator=generator) / 4
         self.x = torch.randint(-7, 8, (num_tokens, HIDDEN), generator=generator).to(torch.bfloat16)
         self.x[:, ::GROUP] = 7
+        device = _devices[-1]
+        self.x, self.topk_idx = self.x.to(device), self.topk_idx.to(device)
+        self.topk_weights = self.topk_weights.to(device)
 
     @property
     def is_selected(self) -> torch.Tensor:
@@ -49,7 +76,9 @@ class Problem:
         return self.topk_weights * self.is_selected
 
     def quantized(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return (self.x.float() * 64).to(torch.float8_e4m3fn), torch.full((len(self.x), HIDDEN // GROUP), 1 / 64)
+        return (self.x.float() * 64).to(torch.float8_e4m3fn), torch.full(
+            (len(self.x), HIDDEN // GROUP), 1 / 64, device=self.x.device
+        )
 
     def run_by_token(self, rows: torch.Tensor, local_idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The local experts on rows that come once a token, weighted and summed over these experts."""
@@ -58,7 +87,7 @@ class Problem:
 
     def run_by_expert(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """The local experts on `[num_local_experts, num_rows, hidden]`, not weighted; NaN where there is no row."""
-        out = torch.full(rows.shape, torch.nan, dtype=torch.bfloat16)
+        out = torch.full(rows.shape, torch.nan, dtype=torch.bfloat16, device=rows.device)
         for local, count in enumerate(counts):
             out[local, :count] = (rows[local, :count].float() * (self.first_expert + local + 1)).to(torch.bfloat16)
         return out
@@ -76,14 +105,14 @@ def dequantized(recv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     payload, scales = recv
     if scales.dtype == torch.int32:
         exponents = torch.stack([(scales >> (8 * byte)) & 0xFF for byte in range(4)], dim=-1).flatten(-2)
-        scales = torch.ldexp(torch.ones(exponents.shape), exponents - 127)
+        scales = torch.ldexp(torch.ones(exponents.shape, device=scales.device), exponents - 127)
     return (payload.float().unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 
 def all_topk_idx() -> torch.Tensor:
     """The selections of all ranks, as one list of experts."""
     gathered: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, Problem().topk_idx)
+    dist.all_gather_object(gathered, Problem().topk_idx.cpu())
     return torch.cat([each.reshape(-1) for each in gathered])
 
 

@@ -136,7 +136,7 @@ def call_low_latency() -> None:
                     hook()
                 p.check(output)
         if enable_shrink:
-            mask = torch.ones(p.num_ranks, dtype=torch.int32)
+            mask = torch.ones(p.num_ranks, dtype=torch.int32, device=p.x.device)
             buffer.low_latency_query_mask_buffer(mask)
             assert not mask.any()
             buffer.low_latency_clean_mask_buffer()
