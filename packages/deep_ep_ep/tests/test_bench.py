@@ -266,6 +266,22 @@ def test_suite_has_a_name_for_each_case_and_patterns_select():
         suite.select(["dispatch", "combin"], num_ranks=8)
 
 
+def test_nvlink_suite_has_every_work_at_every_number_of_sms_and_any_number_of_ranks():
+    suite = SUITES["nvlink"]
+    cases = suite.select([], num_ranks=2)
+    assert len({case.name for case in cases}) == len(cases) == 36
+    works = dict.fromkeys((case.op, case.dtype, case.num_tokens, case.mode) for case in cases)
+    assert list(works) == [
+        ("dispatch", "bf16", 4096, "stream"),
+        ("combine", "bf16", 4096, "stream"),
+        ("dispatch", "bf16", 128, "graph"),
+        ("combine", "bf16", 128, "graph"),
+        ("dispatch", "fp8", 8192, "stream"),
+        ("combine", "bf16", 8192, "stream"),
+    ]
+    assert [case.num_sms for case in suite.select(["large-combine-*"], num_ranks=4)] == [4, 8, 16, 24, 32, 64]
+
+
 def run_cases(cases: list[Case], *, has_baseline: bool) -> list[tuple[Measurement, int]]:
     """On one rank: measure cases; each measurement, with the number of the buffer that it came from."""
     group = dist.group.WORLD

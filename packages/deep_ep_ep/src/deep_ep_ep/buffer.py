@@ -18,7 +18,7 @@ from deep_ep_core.align import align_up
 from deep_ep_core.backend_choice import DeviceOpener
 from deep_ep_core.domains import detect_topology
 from deep_ep_core.env import get_env
-from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.errors import ConfigError, RankMismatchError, TopologyError
 from deep_ep_core.links import nvlink_gbs as detect_nvlink_gbs
 from deep_ep_core.links import rdma_gbs as detect_rdma_gbs
 from deep_ep_core.refusals import rejected
@@ -67,6 +67,9 @@ topk_idx_t = torch.int64
 
 _DEFAULT_NUM_QPS_DIRECT = 17
 _DEFAULT_NUM_QPS_HYBRID = 129
+
+# `torch.set_grad_enabled` calls it, in five times the time.
+_set_grad_enabled = torch._C._set_grad_enabled
 
 _logger = logging.getLogger("deep_ep_ep")
 _buffer_ids = itertools.count(1)
@@ -120,13 +123,38 @@ def _open_device(
     num_bytes: int,
     recv_memory: RecvMemory,
     gpu_timeout_s: float,
+    allow_hybrid_mode: bool,
+    traffic_class: int,
+    is_asked_for: bool,
 ) -> Backend:
-    from deep_ep_ep.device.backend import DeviceBackend, open_context  # only where there is a GPU to use it on
+    # Imported only where there is a GPU to use it on.
+    from deep_ep_ep.device.backend import new_backend, open_context
 
-    context = open_context(
-        transport, communicator, num_bytes=num_bytes, recv_memory=recv_memory, gpu_timeout_s=gpu_timeout_s
+    if communicator.lsa.num_ranks == communicator.num_ranks:
+        context = open_context(
+            transport, communicator, num_bytes=num_bytes, recv_memory=recv_memory, gpu_timeout_s=gpu_timeout_s
+        )
+        return new_backend(context, collective, facts)
+    if not is_asked_for:
+        raise TopologyError(
+            'backend="auto" takes the device backend inside one LSA team only (got teams of '
+            f"{communicator.lsa.num_ranks} of {communicator.num_ranks} ranks, on rank {facts.rank}): across nodes it "
+            'has not passed its tests on GPUs yet; pass backend="device" to use it all the same'
+        )
+    from deep_ep_ep.device.network.backend import NetworkBackend, open_network_context
+    from deep_ep_ep.device.network.context import NetworkOptions
+
+    network_context = open_network_context(
+        transport,
+        communicator,
+        num_bytes=num_bytes,
+        recv_memory=recv_memory,
+        gpu_timeout_s=gpu_timeout_s,
+        options=NetworkOptions(
+            is_hybrid=allow_hybrid_mode, num_contexts=facts.num_allocated_qps, traffic_class=traffic_class
+        ),
     )
-    return DeviceBackend(context, collective, facts)
+    return NetworkBackend(network_context, collective, facts)
 
 
 class ElasticBuffer:
@@ -155,9 +183,10 @@ class ElasticBuffer:
         num_gpu_timeout_secs: The same for kernels.
         explicitly_destroy: The caller will call `destroy()`. Without it nothing needs to be called: dropping the
             buffer is enough, in any order, on any rank.
-        backend: "collective" runs on any group. "device" moves rows by CUDA kernels between GPUs of one NVLink domain,
-            and needs NCCL 2.30.4 or newer. "auto" takes "device" where the group has a CUDA backend and it can be
-            opened, else "collective", and logs why. Must be alike on all ranks.
+        backend: "collective" runs on any group. "device" moves rows by CUDA kernels, inside an NVLink domain by load
+            and store and between domains over NCCL's GIN, and needs NCCL 2.30.4 or newer. "auto" takes "device" where
+            all ranks are of one NVLink domain, the group has a CUDA backend and it can be opened, else "collective",
+            and logs why. Must be alike on all ranks.
         recv_memory: Where received rows live, on the device backend. "auto": in the window while a heap beside the
             buffer has room, which spares a copy, else in torch's memory; takes up to `num_bytes` more memory. "torch":
             always in torch's memory. "window": always in the window, within `num_bytes`, where there must be room for
@@ -287,6 +316,9 @@ class ElasticBuffer:
                 recv_memory=recv_memory,
                 num_bytes=num_bytes,
                 gpu_timeout_s=float(num_gpu_timeout_secs),
+                allow_hybrid_mode=self.allow_hybrid_mode,
+                traffic_class=sl_idx,
+                is_asked_for=backend == "device",
             )
         )
         if device_backend is not None:
@@ -628,7 +660,7 @@ class ElasticBuffer:
         # What `torch.no_grad` does, in less of the host's time.
         records_gradients = torch.is_grad_enabled()
         if records_gradients:
-            torch.set_grad_enabled(False)
+            _set_grad_enabled(False)
         try:
             key = dispatch_key(
                 self._facts,
@@ -688,7 +720,7 @@ class ElasticBuffer:
             raise
         finally:
             if records_gradients:
-                torch.set_grad_enabled(True)
+                _set_grad_enabled(True)
         recv_x = result.recv_x if result.recv_sf is None else (result.recv_x, result.recv_sf)
         return recv_x, result.recv_topk_idx, result.recv_topk_weights, result.handle, event
 
@@ -742,7 +774,7 @@ class ElasticBuffer:
         # What `torch.no_grad` does, in less of the host's time.
         records_gradients = torch.is_grad_enabled()
         if records_gradients:
-            torch.set_grad_enabled(False)
+            _set_grad_enabled(False)
         try:
             key = combine_key(x, handle, topk_weights, bias, (num_sms, num_qps))
             kind = self._combine_kinds.find(key)
@@ -777,7 +809,7 @@ class ElasticBuffer:
             raise
         finally:
             if records_gradients:
-                torch.set_grad_enabled(True)
+                _set_grad_enabled(True)
         return result.combined_x, result.combined_topk_weights, event
 
     def _report_rejection(self, operation: str, error: ConfigError) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from deep_ep_ep.device.network.plan import NetworkPlan
 from deep_ep_ep.device.plan import DevicePlan
 from deep_ep_ep.handle import EPHandle, Plan, PlanParts, RoutingPlan
 
@@ -27,7 +28,7 @@ _FIELDS = (
     "dst_buffer_slot_idx",
 )
 # A plan's place here is the number that it travels with.
-_PLAN_TYPES: tuple[type[Plan], ...] = (RoutingPlan, DevicePlan)
+_PLAN_TYPES: tuple[type[Plan], ...] = (RoutingPlan, DevicePlan, NetworkPlan)
 # Numbers at the head of "numbers"; the aligned counts of the local experts follow, then the numbers of the plan.
 _NUM_HEAD_NUMBERS = 6
 

@@ -210,6 +210,45 @@ def test_what_a_kernel_writes_is_what_the_handle_shows() -> None:
             assert handle.num_recv_tokens_per_expert_list == (TOLD_COUNTS[1:] if do_cpu_sync else [])
 
 
+def test_a_small_dispatch_with_cpu_sync_is_one_kernel_whose_results_shrink() -> None:
+    buffer = Buffer("auto")
+    sent = buffer.dispatch(do_cpu_sync=True)
+    assert len(buffer.context.seen) == 1
+    num_recv = TOLD_COUNTS[0]
+    assert sent.recv_x.shape == (num_recv, HIDDEN)
+    assert sent.recv_topk_idx.shape == sent.recv_topk_weights.shape == (num_recv, NUM_TOPK)
+    assert sent.handle.recv_src_metadata.shape == (num_recv, NUM_TOPK + 2)
+    assert buffer.seen["recv_topk_idx"] == sent.recv_topk_idx.data_ptr()
+    # A view made without gradients could not be changed in place by what has some, and shares its count of changes.
+    assert not sent.recv_topk_weights._is_view()
+    factor = torch.ones(1, requires_grad=True)
+    sent.recv_topk_weights.mul_(factor)
+    assert buffer.combine(sent.recv_x, sent.handle).combined_x.shape == (3, HIDDEN)
+    assert buffer.seen["told"][0] != 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("recv_memory", "changes"),
+    [
+        # Results beside the rows would keep more than they need.
+        ("auto", {"num_max_tokens_per_rank": 1 << 15}),
+        # Rows are copied on, and their last place must have the right size.
+        ("torch", {}),
+        # Scales lie as far apart as there are rows.
+        ("auto", {"x": "fp8", "use_tma_aligned_col_major_sf": True}),
+    ],
+    ids=["large", "copied on", "scales by columns"],
+)
+def test_other_dispatches_with_cpu_sync_are_two_kernels(recv_memory: str, changes: dict[str, Any]) -> None:
+    buffer = Buffer(recv_memory, heap_bytes=16 << 20)
+    if "x" in changes:
+        x = torch.ones(3, HIDDEN).to(torch.float8_e4m3fn), torch.ones(3, HIDDEN // 32)
+        changes = {**changes, "x": x}
+    sent = buffer.dispatch(do_cpu_sync=True, **changes)
+    assert len(buffer.context.seen) == 2
+    assert sent.recv_topk_weights.untyped_storage().nbytes() == 4 * TOLD_COUNTS[0] * NUM_TOPK
+
+
 def test_tensors_of_one_routing_do_not_overlap() -> None:
     handle = Buffer("auto").dispatch(do_expand=True).handle
     names = (

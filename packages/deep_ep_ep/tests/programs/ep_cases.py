@@ -6,7 +6,7 @@ pass. Comparisons are to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,10 +18,19 @@ from deep_ep_ep.quant import cast_to_fp8
 
 @dataclass
 class Setting:
-    """Where cases run in this process, unless they say otherwise."""
+    """Where cases run in this process, unless they say otherwise.
+
+    Attributes:
+        device: Device of their tensors.
+        options: Options of their buffers.
+        ranks_per_node: Ranks of a node where buffers use the hierarchy of several nodes, else None.
+        before_compare: Called with the buffer when all calls are made, before their results are looked at.
+    """
 
     device: str = "cpu"
     options: dict[str, object] = field(default_factory=dict)
+    ranks_per_node: int | None = None
+    before_compare: Callable[[ElasticBuffer], None] = lambda buffer: None
 
 
 SETTING = Setting()

@@ -15,6 +15,9 @@ from deep_ep_ep.device.context import DeviceContext
 
 RECV_MEMORIES = ("auto", "torch", "window")
 
+NETWORK_OPTIONS: dict[str, object] = {}
+"""Options of every buffer, of `ep_nodes`: how ranks on several nodes use the network."""
+
 
 @contextlib.contextmanager
 def on_device(recv_memory: str, **options: object) -> Iterator[None]:
@@ -22,7 +25,13 @@ def on_device(recv_memory: str, **options: object) -> Iterator[None]:
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     before = SETTING.device, SETTING.options
     SETTING.device = "cuda"
-    SETTING.options = {"backend": "device", "recv_memory": recv_memory, "num_gpu_timeout_secs": 20, **options}
+    SETTING.options = {
+        "backend": "device",
+        "recv_memory": recv_memory,
+        "num_gpu_timeout_secs": 20,
+        **NETWORK_OPTIONS,
+        **options,
+    }
     try:
         yield
     finally:

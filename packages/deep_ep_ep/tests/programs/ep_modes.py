@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from ep_cases import (
+    SETTING,
     Case,
     Expected,
     as_bytes,
@@ -114,6 +115,7 @@ def check_round_trip(buffer: ElasticBuffer, expected: Expected, mode: Mode, *, d
     # A token-major cached dispatch may use an expert-major handle.
     crossed = caller.dispatch(x, handle=exp_handle)
     compare_combines = call_combines(caller, expected, handle, exp_handle)
+    SETTING.before_compare(buffer)
 
     num_rows = None if do_cpu_sync else case.num_ranks * case.num_max_tokens_per_rank
     num_exp_rows = None if do_cpu_sync else exp_handle.num_expanded_tokens
@@ -303,7 +305,13 @@ def check_permuted_rows() -> None:
     handle.recv_src_metadata = handle.recv_src_metadata[to_device(case, order)]
     combined, _, _ = buffer.combine(to_device(case, outputs[rank][order]), handle)
     expected_sum = reference.combine(
-        rank, sent.topk_idx, outputs, expected.received, num_experts=case.num_experts, is_expanded=False
+        rank,
+        sent.topk_idx,
+        outputs,
+        expected.received,
+        num_experts=case.num_experts,
+        is_expanded=False,
+        ranks_per_node=buffer.num_scaleup_ranks if buffer.num_scaleout_ranks > 1 else None,
     )
     assert_values_equal(combined, expected_sum, "combined_x")
     buffer.destroy()

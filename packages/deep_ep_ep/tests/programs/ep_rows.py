@@ -173,7 +173,10 @@ def check_arrival(problem: Problem, rank: int, results: Sequence[object], *, do_
         assert isinstance(recv_idx, torch.Tensor)
         assert_bits_equal(recv_idx[:num_recv], wanted.local.to(recv_idx.dtype), "recv_topk_idx")
     ends = handle.psum_num_recv_tokens_per_scaleup_rank.cpu()
-    assert torch.equal(ends, wanted.per_rank.cumsum(0).int()), (ends, wanted.per_rank)
+    per_peer = wanted.per_rank
+    if SETTING.ranks_per_node:
+        per_peer = per_peer.view(-1, SETTING.ranks_per_node).sum(0)
+    assert torch.equal(ends, per_peer.cumsum(0).int()), (ends, wanted.per_rank)
     counts = handle.num_unaligned_recv_tokens_per_expert.cpu()
     assert torch.equal(counts, wanted.expert_counts.int()), (counts, wanted.expert_counts)
     metadata = handle.recv_src_metadata[:num_recv].cpu()
@@ -231,14 +234,17 @@ def check_combined(
     rank_of_entry = torch.where(is_picked, topk_idx // problem.num_local_experts, num_ranks)
     counts = torch.nn.functional.one_hot(rank_of_entry, num_ranks + 1).sum(1)[:, :num_ranks]
     x = problem.rows(row_idx).double()
-    if not do_expand:
-        total = x * (counts > 0).sum(1, keepdim=True)
-    elif allow_multiple_reduction:
-        # One rank's sum is rounded before it travels.
-        total = sum((x * counts[:, [peer]]).to(problem.dtype).double() for peer in range(num_ranks))
-    else:
+    if do_expand and not allow_multiple_reduction:
         total = x * counts.sum(1, keepdim=True)
-    assert isinstance(total, torch.Tensor)
+    else:
+        # Each rank's sum is rounded before it travels; a row alone stays as it is.
+        of_ranks = [(x * (counts[:, [peer]] if do_expand else counts[:, [peer]] > 0)) for peer in range(num_ranks)]
+        rounded = torch.stack([part.to(problem.dtype).double() for part in of_ranks])
+        if SETTING.ranks_per_node and allow_multiple_reduction:
+            # So is the sum of each node.
+            of_nodes = rounded.view(num_ranks // SETTING.ranks_per_node, SETTING.ranks_per_node, *x.shape).sum(1)
+            rounded = of_nodes.to(problem.dtype).double()
+        total = rounded.sum(0)
     assert_bits_equal(combined, total.to(problem.dtype), "combined_x")
     if combined_weights is not None:
         expected = torch.where(is_picked, problem.weights(row_idx), 0.0)

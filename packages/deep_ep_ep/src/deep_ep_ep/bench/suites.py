@@ -83,5 +83,44 @@ def _h100x1() -> Suite:
     )
 
 
-SUITES = {"h100x1": _h100x1()}
-"""By name. `h100x1`: 8 ranks that share one 80 GB GPU of 132 SMs, prefill (4096 tokens a rank) and decode (128)."""
+# From where a few SMs still leave links idle to where more of them gain nothing.
+_NVLINK_NUM_SMS = (4, 8, 16, 24, 32, 64)
+
+
+def _nvlink() -> Suite:
+    """Three amounts of tokens, each at every number of SMs. Neighbours share a buffer, and a baseline."""
+    dispatch = Case(
+        op="dispatch",
+        layout="token",
+        dtype="bf16",
+        num_ranks=8,
+        num_tokens=4096,
+        hidden=7168,
+        num_topk=8,
+        num_experts=256,
+        recv_memory="window",
+        name="dispatch",
+    )
+    combine = replace(dispatch, op="combine", name="combine")
+    decode = replace(dispatch, num_tokens=128, mode="graph", name="decode-dispatch")
+    decode_combine = replace(decode, op="combine", name="decode-combine")
+    large = replace(dispatch, num_tokens=8192, dtype="fp8", name="large-dispatch-fp8")
+    large_combine = replace(combine, num_tokens=8192, name="large-combine")
+    kinds = (dispatch, combine, decode, decode_combine, large, large_combine)
+    return Suite(
+        num_ranks=8,
+        cases=[
+            replace(kind, num_sms=num_sms, name=f"{kind.name}-{num_sms}sms")
+            for kind in kinds
+            for num_sms in _NVLINK_NUM_SMS
+        ],
+    )
+
+
+SUITES = {"h100x1": _h100x1(), "nvlink": _nvlink()}
+"""By name.
+
+`h100x1`: 8 ranks that share one 80 GB GPU of 132 SMs, prefill (4096 tokens a rank) and decode (128).
+`nvlink`: one rank a GPU; 4096 tokens, 128 tokens in a CUDA graph, and 8192 tokens whose dispatch is in FP8 and whose
+combine in bfloat16; each at 4, 8, 16, 24, 32 and 64 SMs.
+"""

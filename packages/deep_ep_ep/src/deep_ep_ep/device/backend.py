@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from deep_ep_core.backend_choice import count_gpu_ranks, open_together
@@ -17,13 +19,27 @@ from deep_ep_ep.checks import BufferFacts, CombineArgs, DispatchArgs
 from deep_ep_ep.collective import CollectiveBackend
 from deep_ep_ep.device.combine import Combiner
 from deep_ep_ep.device.combine_kernel import combine_spec
-from deep_ep_ep.device.context import MAX_NUM_EXPERTS, DeviceContext, RecvMemory
+from deep_ep_ep.device.context import MAX_NUM_EXPERTS, DeviceContext, OperationContext, RecvMemory
 from deep_ep_ep.device.dispatch import Dispatcher
 from deep_ep_ep.device.dispatch_kernel import all_dispatch_configs, dispatch_spec
 from deep_ep_ep.device.plan import DevicePlan
 from deep_ep_ep.handle import EPHandle, Plan
 
-__all__ = ["DeviceBackend", "open_context"]
+__all__ = ["Combines", "DeviceBackend", "Dispatches", "new_backend", "open_context"]
+
+
+class Dispatches(Protocol):
+    """Dispatches by kernels; calls come under a `CommScope`, one at a time."""
+
+    def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
+        """Send each token to the ranks of its experts, and lay out what arrives."""
+
+
+class Combines(Protocol):
+    """Combines by kernels; calls come under a `CommScope`, one at a time."""
+
+    def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:
+        """Bring rows back to the ranks of their tokens, and sum them."""
 
 
 class DeviceBackend:
@@ -34,17 +50,29 @@ class DeviceBackend:
         collective: The backend for other calls: tensors on the CPU, float64 weights, more experts than a plan has room
             for.
         facts: What the buffer's checks know.
+        dispatcher: Dispatches by kernels.
+        combiner: Combines by kernels.
     """
 
     name = "device"
     may_stay = True
+    kernel_plan: type[Plan] = DevicePlan
+    """The plan of calls that the kernels take."""
 
-    def __init__(self, context: DeviceContext, collective: CollectiveBackend, facts: BufferFacts) -> None:
+    def __init__(
+        self,
+        context: OperationContext,
+        collective: CollectiveBackend,
+        facts: BufferFacts,
+        *,
+        dispatcher: Dispatches,
+        combiner: Combines,
+    ) -> None:
         self._context = context
         self._collective = collective
         self._facts = facts
-        self._dispatcher = Dispatcher(context, facts)
-        self._combiner = Combiner(context, facts)
+        self._dispatcher = dispatcher
+        self._combiner = combiner
         self._order = CudaStreamOrder(context.device)
         self._last_stream: torch.cuda.Stream | None = None
 
@@ -60,7 +88,7 @@ class DeviceBackend:
             and num_experts <= MAX_NUM_EXPERTS
             and (topk_weights is None or topk_weights.dtype == torch.float32)
         )
-        return DevicePlan if is_taken else self._collective.plan_type(x, topk_weights, num_experts)
+        return self.kernel_plan if is_taken else self._collective.plan_type(x, topk_weights, num_experts)
 
     def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
         """Send each token to the ranks of its experts, and lay out what arrives."""
@@ -68,7 +96,7 @@ class DeviceBackend:
             plan_type = self.plan_type(args.x, args.topk_weights, args.num_experts)
         else:
             plan_type = type(args.handle.plan)
-        if plan_type is not DevicePlan:
+        if plan_type is not self.kernel_plan:
             return self._collective.dispatch(args, scope)
         self._follow(scope)
         result = self._dispatcher.dispatch(args, scope)
@@ -77,7 +105,7 @@ class DeviceBackend:
 
     def combine(self, args: CombineArgs, scope: CommScope) -> CombineResult:
         """Bring rows back to the ranks of their tokens, and sum them."""
-        if not isinstance(args.handle.plan, DevicePlan):
+        if not isinstance(args.handle.plan, self.kernel_plan):
             return self._collective.combine(args, scope)
         if args.topk_weights is not None and args.topk_weights.dtype != torch.float32:
             raise rejected(
@@ -91,7 +119,7 @@ class DeviceBackend:
 
     def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor in the window for the rows of a combine; None where there is no room, or another backend is used."""
-        if not isinstance(handle.plan, DevicePlan):
+        if not isinstance(handle.plan, self.kernel_plan):
             return None
         num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
         return self._context.memory.heap.try_empty((num_rows, hidden), dtype)
@@ -147,6 +175,13 @@ class DeviceBackend:
             self._context.memory.heap.record_stream(tensor, stream)
 
 
+def new_backend(context: DeviceContext, collective: CollectiveBackend, facts: BufferFacts) -> DeviceBackend:
+    """The device backend of ranks of one LSA team. See `DeviceBackend`."""
+    return DeviceBackend(
+        context, collective, facts, dispatcher=Dispatcher(context, facts), combiner=Combiner(context, facts)
+    )
+
+
 def open_context(
     transport: CollectiveTransport,
     communicator: Communicator,
@@ -165,7 +200,6 @@ def open_context(
         gpu_timeout_s: How long kernels wait for a rank.
 
     Raises:
-        TopologyError: The ranks are not of one LSA team.
         TransportError: There is not enough memory, or another rank has no device backend.
         CompileError: A kernel does not compile.
         ConfigError: A part that is needed is not installed.

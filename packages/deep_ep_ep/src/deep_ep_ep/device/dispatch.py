@@ -39,6 +39,31 @@ class _Sizes:
     expert_counts: list[int]
 
 
+@dataclass(slots=True, eq=False)
+class _Sides:
+    """The results beside the rows."""
+
+    topk_idx: torch.Tensor | None
+    weights: torch.Tensor | None
+    sf: torch.Tensor | None
+
+    def shrink(self, num_rows: int) -> None:
+        """Leave only the first rows. In place, not by a view, which a caller could not change under autograd."""
+        for tensor in (self.topk_idx, self.weights, self.sf):
+            if tensor is not None:
+                tensor.resize_(num_rows, tensor.size(1))
+
+    def result(self, recv_x: torch.Tensor, handle: EPHandle) -> DispatchResult:
+        """All results."""
+        return DispatchResult(
+            recv_x=recv_x,
+            recv_sf=self.sf,
+            recv_topk_idx=self.topk_idx,
+            recv_topk_weights=self.weights,
+            handle=handle,
+        )
+
+
 class Dispatcher:
     """Dispatches through a context. Calls are made under a `CommScope`, one at a time.
 
@@ -73,12 +98,11 @@ class Dispatcher:
             memory = self._new_routing(call, args, num_metadata_rows=call.num_slots)
             self._begin(call, OperationKind.DISPATCH)
             return self._place(call, args, memory, _Sizes(call.num_slots, call.max_expanded, []), scope, ALL_PARTS)
-        # Memory for the worst case would live as long as the handle, so metadata of known size have their own.
-        memory = self._new_routing(call, args, num_metadata_rows=0)
         if not args.do_expand:
             self._begin(call, OperationKind.DISPATCH)
-            return self._place_then_read(call, args, memory, scope)
+            return self._place_and_read(call, args, scope)
         # The worst case by expert is far larger than what comes, so rows do not move before the host knows how many.
+        memory = self._new_routing(call, args, num_metadata_rows=0)
         self._begin(call, OperationKind.PLAN)
         call.told[0] = call.told[1] = 0
         self._launch(call, PLAN, scope, asks_host=True)
@@ -162,53 +186,99 @@ class Dispatcher:
         parts: KernelParts,
     ) -> DispatchResult:
         """Move rows into results whose sizes are known."""
-        num_rows = sizes.num_expanded if args.do_expand else sizes.num_recv
-        memory = self._context.memory
-        recv_x = None if call.stages_all else memory.heap.try_empty((num_rows, call.hidden), call.dtype)
-        x_offset = None if recv_x is None else memory.offset_of(recv_x)
-        kept = self._tell(call, x_offset, num_sides=sizes.num_recv)
-        if recv_x is None:
+        num_rows = sizes.num_expanded if call.do_expand else sizes.num_recv
+        region = self._reserve(call, num_rows)
+        kept = self._tell(call, region, num_sides=sizes.num_recv)
+        recv_x = None
+        if region is not None:
+            call.params.recv_x = region.address
+        else:
             recv_x = call.new_x(num_rows, call.hidden)
-        result = self._new_results(call, args, routing, sizes, recv_x)
+            call.params.recv_x = recv_x.data_ptr()
+        sides = self._new_sides(call, args, num_rows)
+        if routing is not None:
+            if args.do_cpu_sync:
+                routing.separate["recv_src_metadata"] = call.new_ints(sizes.num_recv, call.num_topk + 2)
+            call.params.metadata = routing.address_of("recv_src_metadata")
         # One kernel does the epilogue too, so all of it comes behind that event.
         scope.wait_before_epilogue()
         self._launch(call, parts, scope)
+        # What the kernel need not know of is made while it runs.
+        if recv_x is None:
+            assert region is not None, "rows have a place"
+            recv_x = region.take((num_rows, call.hidden), call.dtype)
+        handle = args.handle
+        if handle is None:
+            assert routing is not None, "a call without a handle has a new routing"
+            handle = self._new_handle(call, args, routing, sizes)
+        del kept
+        return sides.result(recv_x, handle)
+
+    def _place_and_read(self, call: DispatchCall, args: DispatchArgs, scope: CommScope) -> DispatchResult:
+        """Move rows to where the most that may come have room, while the host waits for how many they are."""
+        region = self._reserve(call, call.num_slots)
+        kept = self._tell(call, region, num_sides=call.num_slots)
+        if region is not None and call.are_sides_small:
+            result = self._receive_then_read(call, args, region, scope)
+        else:
+            result = self._read_then_receive(call, args, region, scope)
         del kept
         return result
 
-    def _place_then_read(
-        self, call: DispatchCall, args: DispatchArgs, routing: RoutingMemory, scope: CommScope
+    def _receive_then_read(
+        self, call: DispatchCall, args: DispatchArgs, region: Reservation, scope: CommScope
     ) -> DispatchResult:
-        """Move rows to where the most that may come have room, and make results when the counts are there."""
-        memory = self._context.memory
-        region = None if call.stages_all else memory.heap.try_reserve(call.num_slots * call.row_bytes)
-        x_offset = None if region is None else memory.layout.num_bytes + region.offset
-        kept = self._tell(call, x_offset, num_sides=call.num_slots)
+        """All in one kernel: also what lies beside the rows has room for the most that may come, and shrinks then."""
+        routing = self._new_routing(call, args, num_metadata_rows=call.num_slots)
+        sides = self._new_sides(call, args, call.num_slots)
+        call.params.recv_x = region.address
+        call.params.metadata = routing.address_of("recv_src_metadata")
+        scope.wait_before_epilogue()
+        self._launch(call, ALL_PARTS, scope, asks_host=True)
+        sizes = self._read_counts(call)
+        sides.shrink(sizes.num_recv)
+        routing.shrink_metadata(sizes.num_recv)
+        recv_x = region.take((sizes.num_recv, call.hidden), call.dtype)
+        return sides.result(recv_x, self._new_handle(call, args, routing, sizes))
+
+    def _read_then_receive(
+        self, call: DispatchCall, args: DispatchArgs, region: Reservation | None, scope: CommScope
+    ) -> DispatchResult:
+        """Two kernels: what lies beside the rows is written by the second, when the host knows how many there are."""
+        # Memory for the worst case would live as long as the handle, so metadata of known size have their own.
+        routing = self._new_routing(call, args, num_metadata_rows=0)
         self._launch(call, PLAN_AND_PLACE, scope, asks_host=True)
         sizes = self._read_counts(call)
         if region is None:
             recv_x = call.new_x(sizes.num_recv, call.hidden)
         else:
             recv_x = region.take((sizes.num_recv, call.hidden), call.dtype)
-        result = self._new_results(call, args, routing, sizes, recv_x)
+        call.params.recv_x = recv_x.data_ptr()
+        sides = self._new_sides(call, args, sizes.num_recv)
+        routing.separate["recv_src_metadata"] = call.new_ints(sizes.num_recv, call.num_topk + 2)
+        call.params.metadata = routing.address_of("recv_src_metadata")
         scope.wait_before_epilogue()
         self._launch(call, RECEIVE, scope)
-        del kept
-        return result
+        return sides.result(recv_x, self._new_handle(call, args, routing, sizes))
 
-    def _tell(self, call: DispatchCall, x_offset: int | None, *, num_sides: int) -> list[Reservation]:
-        """Decide where peers put rows and side records; the results' own memory is at `x_offset`, if in the window.
+    def _reserve(self, call: DispatchCall, num_rows: int) -> Reservation | None:
+        """A place in the window for so many rows; None where there is none."""
+        return None if call.stages_all else self._context.memory.heap.try_reserve(num_rows * call.row_bytes)
+
+    def _tell(self, call: DispatchCall, region: Reservation | None, *, num_sides: int) -> list[Reservation]:
+        """Decide where peers put rows and side records.
 
         Args:
             call: What the call shares with others.
-            x_offset: Offset of the results' rows in the window; None stages them.
+            region: Place of the results' rows in the window; None stages them.
             num_sides: The most rows that may come to this rank.
 
         Returns:
             What must live until the kernels that use it are launched.
         """
         memory, kept = self._context.memory, []
-        is_staged = x_offset is None
+        is_staged = region is None
+        x_offset = None if region is None else memory.layout.num_bytes + region.offset
         side_offset = self._context.stage_offset
         if side_offset is None:
             sizes = [num_sides * call.side_bytes] + ([num_sides * call.row_bytes] if is_staged else [])
@@ -223,43 +293,24 @@ class Dispatcher:
         call.told[1] = side_offset | BY_EXPERT if call.do_expand and not is_staged else side_offset
         return kept
 
-    def _new_results(
-        self,
-        call: DispatchCall,
-        args: DispatchArgs,
-        routing: RoutingMemory | None,
-        sizes: _Sizes,
-        recv_x: torch.Tensor,
-    ) -> DispatchResult:
-        """Memory for the other results, which the kernel is told of."""
+    def _new_sides(self, call: DispatchCall, args: DispatchArgs, num_rows: int) -> _Sides:
+        """Memory for what lies beside so many rows, which the kernel is told of."""
         params, num_topk = call.params, call.num_topk
-        num_rows = sizes.num_expanded if call.do_expand else sizes.num_recv
-        recv_topk_idx = recv_weights = recv_sf = None
-        params.recv_x = recv_x.data_ptr()
+        topk_idx = weights = sf = None
         if not call.do_expand:
-            recv_topk_idx = call.new_idx(num_rows, num_topk)
-            params.recv_topk_idx = recv_topk_idx.data_ptr()
+            topk_idx = call.new_idx(num_rows, num_topk)
+            params.recv_topk_idx = topk_idx.data_ptr()
         if args.topk_weights is not None:
-            recv_weights = call.new_weights(num_rows) if call.do_expand else call.new_weights(num_rows, num_topk)
-            params.recv_topk_weights = recv_weights.data_ptr()
+            weights = call.new_weights(num_rows) if call.do_expand else call.new_weights(num_rows, num_topk)
+            params.recv_topk_weights = weights.data_ptr()
         if args.sf is not None:
             if args.use_tma_aligned_col_major_sf:
-                recv_sf = new_tma_aligned_col_major(args.sf, num_rows)
+                sf = new_tma_aligned_col_major(args.sf, num_rows)
             else:
-                recv_sf = args.sf.new_empty(num_rows, call.num_sf_packs)
-            params.recv_sf = recv_sf.data_ptr()
-            params.recv_sf_row_stride, params.recv_sf_pack_stride = recv_sf.stride()
-        handle = args.handle
-        if handle is None:
-            assert routing is not None, "a call without a handle has a new routing"
-            handle = self._make_handle(call, args, routing, sizes)
-        return DispatchResult(
-            recv_x=recv_x,
-            recv_sf=recv_sf,
-            recv_topk_idx=recv_topk_idx,
-            recv_topk_weights=recv_weights,
-            handle=handle,
-        )
+                sf = args.sf.new_empty(num_rows, call.num_sf_packs)
+            params.recv_sf = sf.data_ptr()
+            params.recv_sf_row_stride, params.recv_sf_pack_stride = sf.stride()
+        return _Sides(topk_idx, weights, sf)
 
     def _launch(self, call: DispatchCall, parts: KernelParts, scope: CommScope, *, asks_host: bool = False) -> None:
         params, launch = call.params, call.launch_of(parts)
@@ -275,12 +326,7 @@ class Dispatcher:
             params.host_counts = None
         launch.run(params, scope.stream_handle)
 
-    def _make_handle(self, call: DispatchCall, args: DispatchArgs, routing: RoutingMemory, sizes: _Sizes) -> EPHandle:
-        metadata_memory = routing.storage
-        if args.do_cpu_sync:
-            metadata_memory = call.new_ints(sizes.num_recv, call.num_topk + 2)
-            routing.separate["recv_src_metadata"] = metadata_memory
-        metadata_address = call.params.metadata = routing.address_of("recv_src_metadata")
+    def _new_handle(self, call: DispatchCall, args: DispatchArgs, routing: RoutingMemory, sizes: _Sizes) -> EPHandle:
         handle = EPHandle.with_deferred(routing)
         handle.do_expand = call.do_expand
         handle.num_experts = args.num_experts
@@ -295,8 +341,8 @@ class Dispatcher:
         handle.plan = DevicePlan(
             ints=routing,
             owned=routing.tensors(),
-            metadata_address=metadata_address,
-            metadata_version=version_of(metadata_memory),
+            metadata_address=routing.address_of("recv_src_metadata"),
+            metadata_version=version_of(routing.separate.get("recv_src_metadata", routing.storage)),
         )
         handle.buffer_id = self._facts.buffer_id
         handle.dispatch_idx = self._num_dispatches

@@ -27,6 +27,10 @@ from deep_ep_ep.sizing import max_expanded_tokens, max_recv_tokens
 __all__ = ["ALL_PARTS", "PLACE", "PLAN", "PLAN_AND_PLACE", "RECEIVE", "DispatchCall", "KernelParts", "PartsLaunch"]
 
 
+# What a result may hold beyond its end at most, to spare the host a second kernel.
+_MAX_SPARE_SIDE_BYTES = 1 << 20
+
+
 class KernelParts(NamedTuple):
     """Which parts of a dispatch one kernel does, see `DispatchConfig`."""
 
@@ -70,6 +74,8 @@ class DispatchCall:
         max_expanded: The most rows by expert.
         side_bytes: Bytes of a token's side record.
         stages_all: Whether no results live in the window.
+        are_sides_small: Whether what lies beside the rows of a token-major result may take the room of the most rows
+            that may come, although fewer come.
         new_x: Makes a tensor like `x` of the shape that it is passed, values undefined, on the device; the next three
             make one like `topk_idx`, like `topk_weights`, and one of int32.
         new_idx, new_weights, new_ints: See `new_x`.
@@ -100,6 +106,10 @@ class DispatchCall:
             do_expand=args.do_expand,
         )
         self.stages_all = context.recv_memory == "torch"
+        # By columns, scales lie as far apart as there are rows.
+        self.are_sides_small = (
+            not args.use_tma_aligned_col_major_sf and self.num_slots * self.side_bytes <= _MAX_SPARE_SIDE_BYTES
+        )
         # A tensor's own `new_empty` takes the host less time than `torch.empty`.
         self.new_x = _maker(args.x.dtype, device)
         self.new_idx = _maker(args.topk_idx.dtype, device)
@@ -113,6 +123,7 @@ class DispatchCall:
         params.arrivals_offset = context.arrivals_offset
         params.counts_capacity = context.counts_capacity
         params.fans_out_at_sender = context.shares_gpu
+        params.num_ranks = num_ranks
         params.num_topk, params.num_experts = args.num_topk, args.num_experts
         params.num_max_tokens, params.expert_alignment = args.num_max_tokens_per_rank, args.expert_alignment
         params.row_bytes, params.side_bytes = self.row_bytes, self.side_bytes

@@ -87,6 +87,7 @@ class DispatchParams(ParamsStruct):
         ("recv_sf_pack_stride", Int64),
         ("host_stamp", Int32),
         ("counts_capacity", Int32),
+        ("num_ranks", Int32),
         ("num_tokens", Int32),
         ("num_topk", Int32),
         ("num_experts", Int32),

@@ -29,7 +29,7 @@ def raise_failure(
     """
     report = log.read()
     assert report is not None, "there is a record"
-    phase = report.phase_idx if report.phase == PHASES[min(report.phase_idx, len(PHASES) - 1)] else -1
+    phase = PHASES.index(report.phase) if report.phase in PHASES else -1
     if phase == PHASE_DISAGREE:
         log.reset()
         value_idx = _first_difference(opened_values, len(fields), report.waited_ns)
@@ -62,7 +62,7 @@ def _first_difference(opened_values: Callable[[int], list[int | None]], num_valu
         return len({value for value in opened_values(value_idx) if value is not None}) > 1
 
     kinds = {kind for kind in opened_values(0) if kind is not None}
-    if OperationKind.COMBINE in kinds and len(kinds) > 1:
+    if kinds & {OperationKind.COMBINE, OperationKind.BARRIER} and len(kinds) > 1:
         # The other values are not those of one list.
         return 0
     return next((value_idx for value_idx in (*range(1, num_values), 0) if differs(value_idx)), reported_idx)

@@ -46,6 +46,8 @@ class OperationKind(enum.IntEnum):
     COMBINE = 3
     # Not the same as DISPATCH: a rank that only plans has no memory for rows yet, and peers must not send any.
     PLAN = 4
+    # Across nodes only: in one node a barrier opens nothing.
+    BARRIER = 5
 
 
 class Opening(ParamsStruct):
@@ -105,7 +107,7 @@ def set_agreed(opening: Opening, fields: Sequence[AgreedField]) -> None:
 
 def _show_kind(value: int) -> str:
     # Where the rest differs too, as with a handle on some ranks only, that is named instead.
-    names = {1: "dispatch", 2: "dispatch of known counts", 3: "combine", 4: "dispatch with CPU sync"}
+    names = {1: "dispatch", 2: "dispatch of known counts", 3: "combine", 4: "dispatch with CPU sync", 5: "barrier"}
     return names.get(value, f"operation {value}")
 
 

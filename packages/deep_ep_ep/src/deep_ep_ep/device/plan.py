@@ -102,10 +102,11 @@ class RoutingMemory:
         separate: Tensors that have memory of their own instead.
     """
 
-    __slots__ = ("_layout", "address", "separate", "storage")
+    __slots__ = ("_layout", "_num_metadata_rows", "address", "separate", "storage")
 
     def __init__(self, layout: RoutingLayout, storage: torch.Tensor) -> None:
         self._layout = layout
+        self._num_metadata_rows: int | None = None
         self.storage = storage
         self.address: int = storage.data_ptr()
         self.separate: dict[str, torch.Tensor] = {}
@@ -120,9 +121,15 @@ class RoutingMemory:
             return self.separate[name]
         layout = self._layout
         begin, shape = layout.begins[name], layout.shapes[name]
+        if name == "recv_src_metadata" and self._num_metadata_rows is not None:
+            shape = self._num_metadata_rows, *shape[1:]
         dtype = layout.topk_idx_dtype if name == "topk_idx" else torch.int32
         num_words = math.prod(shape) * (dtype.itemsize // _INT32_BYTES)
         return self.storage[begin : begin + num_words].view(dtype).view(shape)
+
+    def shrink_metadata(self, num_rows: int) -> None:
+        """The metadata has only so many rows, fewer than there is room for."""
+        self._num_metadata_rows = num_rows
 
     def address_of(self, name: str) -> int:
         """Where it begins."""

@@ -71,6 +71,7 @@ struct DispatchParams {
 
     int host_stamp;                                // what the stamp is when the counts are there
     int counts_capacity;                           // pairs of columns that the counts of a rank have room for
+    int num_ranks;                                 // of the group; one team holds them all, but across nodes
     int num_tokens, num_topk, num_experts, num_max_tokens, expert_alignment;
     int row_bytes, num_sf_packs, side_bytes;
     int num_stages, piece_bytes;                   // rows on their way through shared memory, and bytes of each

@@ -23,9 +23,9 @@ inline constexpr int kFactsBatch = 8;
     return __syncthreads_and(have_come) != 0;
 }
 
-// Rank of the team that a received row came from.
+// Rank of the group that a received row came from.
 __device__ __forceinline__ int source_of_row(const DispatchParams& p, const int* row_ends, int row) {
-    int low = 0, high = p.team.num_ranks - 1;
+    int low = 0, high = p.num_ranks - 1;
     while (low < high) {
         const int middle = (low + high) / 2;
         if (row < row_ends[middle])
@@ -45,8 +45,8 @@ __device__ __forceinline__ const unsigned* side_of_row(const DispatchParams& p, 
 template <class Index>
 __device__ __forceinline__ void write_row_facts(const DispatchParams& p, const int* row_ends, int num_rows,
                                                 const Workers& workers) {
-    const int num_local_experts = p.num_experts / p.team.num_ranks, num_topk = p.num_topk;
-    const int first_expert = (p.wait.rank - p.team.first_rank) * num_local_experts;
+    const int num_local_experts = p.num_experts / p.num_ranks, num_topk = p.num_topk;
+    const int first_expert = p.wait.rank * num_local_experts;
     const SideLayout layout = side_layout(p);
     for (int row = workers.idx; row < num_rows; row += workers.num) {
         const unsigned* side = side_of_row(p, row);
@@ -90,8 +90,8 @@ __device__ __forceinline__ void write_row_facts(const DispatchParams& p, const i
 template <class Pack>
 __device__ __forceinline__ void write_packs(const DispatchParams& p, int num_rows, const Workers& workers) {
     constexpr int kNumScales = sizeof(Pack) / sizeof(unsigned);
-    const int num_local_experts = p.num_experts / p.team.num_ranks;
-    const int first_expert = (p.wait.rank - p.team.first_rank) * num_local_experts;
+    const int num_local_experts = p.num_experts / p.num_ranks;
+    const int first_expert = p.wait.rank * num_local_experts;
     const SideLayout layout = side_layout(p);
     const int num_packs = p.num_sf_packs / kNumScales;
     const long long num_all = static_cast<long long>(num_rows) * num_packs;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void write_scales(const DispatchParams& p, int num_ro
 // Writes what lies beside the rows of this rank. Called by all of the workers, when the side records have come.
 template <class Index>
 __device__ __forceinline__ void write_sides(const DispatchParams& p, const int* row_ends, const Workers& workers) {
-    const int num_rows = row_ends[p.team.num_ranks - 1];
+    const int num_rows = row_ends[p.num_ranks - 1];
     if (p.recv_topk_idx != nullptr || p.recv_topk_weights != nullptr || p.metadata != nullptr)
         write_row_facts<Index>(p, row_ends, num_rows, workers);
     if (p.recv_sf != nullptr) write_scales(p, num_rows, workers);
@@ -150,8 +150,8 @@ __device__ __forceinline__ void write_sides(const DispatchParams& p, const int* 
 __device__ __forceinline__ void copy_rows_on(const DispatchParams& p, RowStage& stage, int num_rows) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     if (warp >= p.num_stages) return;
-    const int num_local_experts = p.num_experts / p.team.num_ranks;
-    const int first_expert = (p.wait.rank - p.team.first_rank) * num_local_experts;
+    const int num_local_experts = p.num_experts / p.num_ranks;
+    const int first_expert = p.wait.rank * num_local_experts;
     const int num_pieces = (p.row_bytes + p.piece_bytes - 1) / p.piece_bytes;
     const SideLayout layout = side_layout(p);
     const ptx::CachePolicy once = ptx::evict_first_policy();
@@ -194,7 +194,7 @@ __device__ __forceinline__ void copy_rows_on(const DispatchParams& p, RowStage& 
 
 // Writes zeros into the rows between the last of an expert and the first of the next. Called by all threads.
 __device__ __forceinline__ void zero_gaps(const DispatchParams& p) {
-    const int num_local_experts = p.num_experts / p.team.num_ranks;
+    const int num_local_experts = p.num_experts / p.num_ranks;
     const int words_a_row = p.row_bytes / 16;
     for (int local = static_cast<int>(blockIdx.x); local < num_local_experts; local += static_cast<int>(gridDim.x)) {
         const int count = p.num_expert_rows[local], begin = p.expert_ends[local];
