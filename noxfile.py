@@ -109,7 +109,10 @@ def wheels(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none")
 @nox.parametrize("num_ranks", [1, 2, 4, 8])
 def gpu(session: nox.Session, num_ranks: int) -> None:
-    """Run the GPU tests with one rank a GPU, with the machine's own torch; skips where there are too few GPUs."""
+    """Run the GPU tests with the machine's own torch: with 1, all on one GPU; with more, those of one rank a GPU.
+
+    Skips where there are too few GPUs. `python tests/multi_gpu/run.py` measures such a machine as well.
+    """
     count = "import torch; print(torch.cuda.device_count())"
     output = session.run(sys.executable, "-c", count, silent=True, success_codes=[0, 1], external=True)
     num_gpus = int(output) if isinstance(output, str) and output.strip().isdigit() else 0
@@ -118,6 +121,9 @@ def gpu(session: nox.Session, num_ranks: int) -> None:
         if os.environ.get("CI_REQUIRE_GPU") == "1":
             session.error(f"{reason}, and CI_REQUIRE_GPU=1 forbids to skip")
         session.skip(reason)
-    paths = os.pathsep.join(str(ROOT / "packages" / name / "src") for name in PACKAGES)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--gpu-ranks", str(num_ranks), *session.posargs]
+    plugin = str(ROOT / "tests" / "multi_gpu")
+    paths = os.pathsep.join([plugin, *(str(ROOT / "packages" / name / "src") for name in PACKAGES)])
+    # Ranks that share GPUs are tested on one GPU.
+    options = ["-p", "one_rank_a_gpu"] if num_ranks > 1 else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--gpu-ranks", str(num_ranks), *options, *session.posargs]
     session.run(*command, env={"PYTHONPATH": paths}, external=True)
