@@ -68,9 +68,6 @@ topk_idx_t = torch.int64
 _DEFAULT_NUM_QPS_DIRECT = 17
 _DEFAULT_NUM_QPS_HYBRID = 129
 
-# `torch.set_grad_enabled` calls it, in five times the time.
-_set_grad_enabled = torch._C._set_grad_enabled
-
 _logger = logging.getLogger("deep_ep_ep")
 _buffer_ids = itertools.count(1)
 # Operators name a buffer by its number; the buffer lives as long as its owner keeps it.
@@ -660,7 +657,7 @@ class ElasticBuffer:
         # What `torch.no_grad` does, in less of the host's time.
         records_gradients = torch.is_grad_enabled()
         if records_gradients:
-            _set_grad_enabled(False)
+            torch.set_grad_enabled(False)
         try:
             key = dispatch_key(
                 self._facts,
@@ -720,7 +717,7 @@ class ElasticBuffer:
             raise
         finally:
             if records_gradients:
-                _set_grad_enabled(True)
+                torch.set_grad_enabled(True)
         recv_x = result.recv_x if result.recv_sf is None else (result.recv_x, result.recv_sf)
         return recv_x, result.recv_topk_idx, result.recv_topk_weights, result.handle, event
 
@@ -774,7 +771,7 @@ class ElasticBuffer:
         # What `torch.no_grad` does, in less of the host's time.
         records_gradients = torch.is_grad_enabled()
         if records_gradients:
-            _set_grad_enabled(False)
+            torch.set_grad_enabled(False)
         try:
             key = combine_key(x, handle, topk_weights, bias, (num_sms, num_qps))
             kind = self._combine_kinds.find(key)
@@ -809,7 +806,7 @@ class ElasticBuffer:
             raise
         finally:
             if records_gradients:
-                _set_grad_enabled(True)
+                torch.set_grad_enabled(True)
         return result.combined_x, result.combined_topk_weights, event
 
     def _report_rejection(self, operation: str, error: ConfigError) -> None:
