@@ -7,6 +7,7 @@ place cannot pass, nor one that went through arithmetic: among the bytes are NaN
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -197,7 +198,7 @@ def check_default_group() -> None:
 
 def check_move_on_gpu(backend: str) -> None:
     """Tensors of a GPU over a group that has, or lacks, a backend for it."""
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     group = dist.new_group(backend=backend)
     transport = make_transport(group)
     size = transport.num_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from deep_ep_core.local import run_as_script
 
 
 def make_group(backend: str) -> dist.ProcessGroup:
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return dist.new_group(backend=backend)
 
 

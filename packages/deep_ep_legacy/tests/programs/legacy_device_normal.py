@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import time
 import weakref
@@ -26,7 +27,7 @@ LAYOUT = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_exp
 
 def use_gpu() -> None:
     """Several ranks may share one GPU."""
-    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 @contextlib.contextmanager

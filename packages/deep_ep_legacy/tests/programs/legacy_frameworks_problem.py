@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +23,7 @@ _devices = [torch.device("cpu")]
 @contextlib.contextmanager
 def on_device_backend() -> Iterator[None]:
     """In the block, batches are on this rank's GPU, and buffers of V1 have the device backend where none is named."""
-    device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     defaults = Buffer.__init__.__kwdefaults__
     _devices.append(device)
