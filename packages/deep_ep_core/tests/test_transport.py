@@ -299,3 +299,9 @@ def test_a_killed_rank_is_named_to_the_others(rank_pool):
         assert told["peers"] == [2], told
         assert told["phase"] == "move #1: payload"
         assert "rank 2 says nothing: it died" in told["message"]
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_timeout_that_no_backend_can_count_is_refused(timeout_s):
+    with pytest.raises(ConfigError, match=r"the timeout of Buffer must be positive and at most 31536000 s \(got .*\)"):
+        CollectiveTransport(None, timeout_s=timeout_s, name="Buffer", operations=["open"])

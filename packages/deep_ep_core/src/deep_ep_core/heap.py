@@ -236,6 +236,8 @@ class Heap:
         return -(-(num_bytes or 1) // self._alignment) * self._alignment
 
     def _take_reserved(self, region: _Region, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if self._memory is None:
+            raise ConfigError("the heap must be open to hand out tensors, but it is closed; make a new one")
         place, num_bytes = region.place, self._whole(math.prod(shape) * dtype.itemsize)
         if num_bytes > place.num_bytes:
             raise ConfigError(

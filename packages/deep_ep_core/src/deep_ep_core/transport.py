@@ -36,6 +36,8 @@ _PROTOCOL_VERSION = 1
 # Part of the timeout kept back to ask the survivors who is late, and its upper bound.
 _ROLL_CALL_SHARE = 0.25
 _MAX_ROLL_CALL_S = 3.0
+# A year. The group's backends count in milliseconds of few bits, and none knows infinity.
+_MAX_TIMEOUT_S = 365.0 * 24 * 3600
 # Longest wait for the store when a refusal is posted or withdrawn.
 _MAX_POST_S = 1.0
 
@@ -95,6 +97,11 @@ class CollectiveTransport:
     def __init__(
         self, group: dist.ProcessGroup | None, *, timeout_s: float, name: str, operations: Sequence[str]
     ) -> None:
+        if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"the timeout of {name} must be positive and at most {_MAX_TIMEOUT_S:.0f} s (got {timeout_s:g}); pass "
+                "seconds"
+            )
         if not dist.is_initialized():
             raise ConfigError(
                 f"{name} needs an initialised process group (got none); "

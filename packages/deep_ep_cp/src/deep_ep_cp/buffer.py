@@ -199,7 +199,14 @@ class ContextBuffer:
         """
         backend = self._open_backend()
         self._session.destroy()
-        backend.end_session(self._session.idx)
+        try:
+            backend.end_session(self._session.idx)
+        except RankMismatchError:
+            raise
+        except ConfigError:
+            # Refused before the ranks met, for example in a capture: it can still be ended, and must be.
+            self._session.is_open = True
+            raise
 
     @contextlib.contextmanager
     def agrs_new_session(self, enabled: bool = True) -> Iterator[None]:

@@ -17,7 +17,7 @@ from deep_ep_cp.region import REGION_ALIGNMENT_BYTES, Region
 __all__ = ["MAX_CALLS_PER_SESSION", "Session", "SessionConfig"]
 
 MAX_CALLS_PER_SESSION = 32
-"""Most calls that a session can be configured for: a signal is kept for each, from each rank."""
+"""Most calls that a session can be configured for, as upstream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,8 +55,9 @@ class PipelineBuffer:
             more than this, and 512 bytes a message. Must be alike on all ranks.
         num_cpu_timeout_secs: How long a call, or a wait in a stream, may wait for another rank before it is named.
         backend: "device" moves messages by copy engines in the current stream, and over GIN between nodes; it needs
-            GPUs and NCCL. "collective" runs on any group, through host memory. "auto" takes "device" where the group
-            has a CUDA backend and it can be opened, else "collective", and logs why. Must be alike on all ranks.
+            GPUs and NCCL. "collective" runs on any group, through host memory. "auto" takes "device" where all ranks
+            are of one NVLink domain, the group has a CUDA backend and it can be opened, else "collective", and logs
+            why. Must be alike on all ranks.
 
     Attributes:
         group, rank_idx, num_ranks: The group and this rank's place in it.
@@ -101,7 +102,9 @@ class PipelineBuffer:
             device = torch.device("cuda", torch.cuda.current_device())
         opener = DeviceOpener(transport, device, backend=backend, timeout_s=timeout_s, logger=_logger)
         opener.open_communicator()
-        device_backend = opener.open_backend(lambda communicator: _open_device(ledger, communicator))
+        device_backend = opener.open_backend(
+            lambda communicator: _open_device(ledger, communicator, may_use_network=backend == "device")
+        )
         self.group: dist.ProcessGroup = transport.group
         self.rank_idx = transport.rank
         self.num_ranks = transport.num_ranks
@@ -204,7 +207,8 @@ class PipelineBuffer:
     def close(self) -> None:
         """Wait until the messages of this rank have been taken, and release the buffer; a second call does nothing.
 
-        Dropping the buffer instead waits for nothing, and loses messages that nobody has asked for yet.
+        Dropping the buffer instead loses messages that nobody has asked for yet. It waits for no receiver; on the
+        device backend only for what streams still wait for, whose deadlines stand.
 
         Raises:
             CommTimeoutError: A receiver is late or dead; on the device backend also a sender of a message that a
@@ -265,10 +269,10 @@ class PipelineBuffer:
             raise
 
 
-def _open_device(ledger: Ledger, communicator: Communicator) -> Backend:
+def _open_device(ledger: Ledger, communicator: Communicator, *, may_use_network: bool) -> Backend:
     from deep_ep_pp.device.backend import open_device_backend  # only where there is a GPU to use it on
 
-    return open_device_backend(ledger, communicator)
+    return open_device_backend(ledger, communicator, may_use_network=may_use_network)
 
 
 def _show_num_bytes(value: int) -> str:

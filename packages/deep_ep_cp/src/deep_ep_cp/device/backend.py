@@ -85,12 +85,14 @@ class DeviceBackend:
         self.check()
         current, comm = current_stream(self._memory.device_idx), comm_stream(self._memory.device)
         assert isinstance(comm, torch.cuda.Stream), "the memory is on a CUDA device"
-        if current != comm:
-            # The current stream may write in-place tensors of the next session, where bytes of this one still arrive
-            # if the handle of their call was not called.
-            RecordedEvent(comm).wait_on(current)
-            RecordedEvent(current).wait_on(comm)
-        self._meetings.meet(comm, END_SESSION, session_idx, ())
+        # Events are made for the device that is current, which need not be the buffer's.
+        with torch.cuda.device(self._memory.device):
+            if current != comm:
+                # The current stream may write in-place tensors of the next session, where bytes of this one still
+                # arrive if the handle of their call was not called.
+                RecordedEvent(comm).wait_on(current)
+                RecordedEvent(current).wait_on(comm)
+            self._meetings.meet(comm, END_SESSION, session_idx, ())
 
     def report_rejection(self, call: str, reason: str) -> None:
         """Leave word for peers that wait on the host; those whose streams wait name this rank without its reason."""

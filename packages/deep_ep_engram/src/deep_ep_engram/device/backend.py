@@ -320,6 +320,8 @@ def open_device(
         )
         if isinstance(storage, WindowStorage) and communicator.needs_gin:
             network = Network(communicator, storage, fetcher.table, timeout_s=timeout_s)
+        # Last: what can fail on one rank alone must not leave the others in a collective step.
+        fetcher.prepare()
         return DeviceBackend(transport, collective, storage=storage, fetcher=fetcher, network=network, device=device)
 
     backend = open_together(transport, make)

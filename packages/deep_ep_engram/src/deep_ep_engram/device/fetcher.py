@@ -75,9 +75,6 @@ class RowFetcher:
 
     Attributes:
         table: The lists, for kernel parameters. They stay where they are.
-
-    Raises:
-        CompileError: The kernel does not compile.
     """
 
     def __init__(self, *, rank: int, device: torch.device, addresses: Sequence[int], num_gpu_ranks: int) -> None:
@@ -96,14 +93,13 @@ class RowFetcher:
         self._log = TimeoutLog(rank=rank, device=device)
         self._report = self._log.params(first_phase=self._log.add_phases([_INDEX_PHASE]), timeout_s=_NO_WAIT_S)
         self._launches: dict[tuple[int, LaunchShape], PreparedLaunch] = {}
-        get_kernel(fetch_spec(_USUAL_WORD_BYTES), self._device_idx)
 
     def set_starts(self, starts: Sequence[int]) -> None:
         """Let kernels know the entries of each rank. No fetch may be under way; the host waits."""
         self._starts.copy_(torch.tensor(starts, dtype=torch.int64))
         self._num_entries = starts[-1]
 
-    def prepare(self, row_bytes: int) -> None:
+    def prepare(self, row_bytes: int = _USUAL_WORD_BYTES) -> None:
         """Compile the kernel for rows of that size, or take it from the cache.
 
         Raises:

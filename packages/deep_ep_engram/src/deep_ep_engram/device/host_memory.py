@@ -192,7 +192,7 @@ def _map_of(rank: int, peer: int, path: str, nonce: int, num_bytes: int) -> Host
     try:
         with Path(path).open("r+b", buffering=0) as file:
             segment = HostSegment(file.fileno(), num_bytes)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: another file, which is shorter
         raise TransportError(
             f"rank {rank} must be able to open the shared memory of rank {peer}, but could not ({error}); ranks of a "
             "machine must run as one user and see each other's processes (one container, or a shared PID namespace)",

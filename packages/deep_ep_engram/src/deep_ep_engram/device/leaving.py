@@ -1,7 +1,7 @@
 """Owns what this rank has closed and others may still read over the network: it goes once every rank has closed.
 
 Ranks close on their own, without meeting, so each leaves word in the group's store. Nobody waits: who comes last lets
-his own part go at once, others when they next open or close a table, or with the communicator.
+his own part go at once, others when they next open a table, or with the communicator.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from deep_ep_core.backend_choice import open_together
 from deep_ep_core.copy_engine import copy_batch
 from deep_ep_core.cuda_streams import RecordedEvent, current_stream
-from deep_ep_core.errors import CommTimeoutError, TransportError
+from deep_ep_core.errors import CommTimeoutError, TopologyError, TransportError
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.stream_signals import StreamSignals
 from deep_ep_core.window import SymmetricMemory
@@ -113,10 +113,10 @@ class DeviceBackend:
         self._begin()
         operation, number = self._ledger.next_send(dst), self._ledger.num_sent[dst] + 1
         with torch.cuda.device(self._device):
-            # What lies elsewhere goes through this GPU's memory.
-            staged = [tensor if self._is_here(tensor) else as_bytes(tensor).to(self._device) for tensor in tensors]
             try:
                 stream = self._follow(self._send_streams, dst)
+                # What lies elsewhere goes through this GPU's memory.
+                staged = [tensor if self._is_here(tensor) else as_bytes(tensor).to(self._device) for tensor in tensors]
                 self._lanes[dst].send(stream, number, _parts(staged), operation=operation)
             except CommTimeoutError as error:
                 self._fail(error)
@@ -161,7 +161,9 @@ class DeviceBackend:
         """
         if self._ledger.has_failed:
             return
-        self._begin()
+        # Sizes are compared below: what was sent is to be taken first, whatever was received.
+        self._ledger.begin()
+        self._check_waits()
         stream = self._own_stream
         with torch.cuda.device(self._device):
             try:
@@ -275,18 +277,26 @@ class DeviceBackend:
                 time.sleep(1e-3)
 
 
-def open_device_backend(ledger: Ledger, communicator: Communicator) -> DeviceBackend:
+def open_device_backend(ledger: Ledger, communicator: Communicator, *, may_use_network: bool) -> DeviceBackend:
     """Make the device backend, on all ranks or on none.
 
     Args:
         ledger: The buffer's messages; its transport has an operation `OPEN_DEVICE`.
         communicator: NCCL's communicator of the ranks.
+        may_use_network: Whether messages may go over the network.
 
     Raises:
+        TopologyError: Some would, and may not.
         TransportError, CompileError, ConfigError: As `DeviceBackend`, or another rank has none.
 
     Collective: yes.
     """
+    if communicator.needs_gin and not may_use_network:
+        raise TopologyError(
+            'messages between nodes go over the network with backend="device" only (got teams of '
+            f"{communicator.lsa.num_ranks} of {communicator.num_ranks} ranks, on rank {communicator.rank}), since that "
+            'part was never run on a network card; pass backend="device" to use it'
+        )
     return open_together(ledger.transport, lambda: DeviceBackend(ledger, communicator))
 
 
