@@ -40,8 +40,12 @@ class Plan(Protocol):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it."""
 
-    def parts(self) -> PlanParts:
-        """What `of_parts` makes it of again. Reads nothing of a device."""
+    def parts(self, metadata: torch.Tensor) -> PlanParts:
+        """What `of_parts` makes it of again. Reads nothing of a device.
+
+        Args:
+            metadata: The handle's `recv_src_metadata` as the dispatch wrote it, or the copy that travels instead.
+        """
 
     @classmethod
     def of_parts(cls, parts: PlanParts, metadata: torch.Tensor) -> Plan:
@@ -87,7 +91,7 @@ class RoutingPlan:
         """Every tensor of it."""
         return [self.send_token_idx, self.sent_row_idx, self.slot_idx, self.is_master]
 
-    def parts(self) -> PlanParts:
+    def parts(self, metadata: torch.Tensor) -> PlanParts:
         """See `Plan`."""
         return PlanParts(tensors=self.tensors(), numbers=[*self.num_send_rows, *self.num_recv_rows])
 

@@ -35,7 +35,8 @@ _NUM_HEAD_NUMBERS = 6
 
 def tensors_of_handle(handle: EPHandle) -> list[Tensor]:
     """The list of a handle, but for its first tensor: `topk_idx`, which operators do not return."""
-    parts = handle.plan.parts()
+    fields = {name: _with_own_memory(getattr(handle, name)) for name in _FIELDS[2:]}
+    parts = handle.plan.parts(fields["recv_src_metadata"])
     num_local_experts = handle.num_unaligned_recv_tokens_per_expert.numel()
     numbers = torch.tensor(
         [
@@ -49,8 +50,7 @@ def tensors_of_handle(handle: EPHandle) -> list[Tensor]:
             *parts.numbers,
         ]
     )
-    tensors = [*(getattr(handle, name) for name in _FIELDS[2:]), *parts.tensors]
-    return [numbers, *(_with_own_memory(tensor) for tensor in tensors)]
+    return [numbers, *fields.values(), *(_with_own_memory(tensor) for tensor in parts.tensors)]
 
 
 def _with_own_memory(tensor: Tensor) -> Tensor:

@@ -259,7 +259,7 @@ def test_tensors_of_one_routing_do_not_overlap() -> None:
         "dst_buffer_slot_idx",
         "recv_src_metadata",
     )
-    tensors = [getattr(handle, name) for name in names] + handle.plan.parts().tensors
+    tensors = [getattr(handle, name) for name in names] + handle.plan.parts(handle.recv_src_metadata).tensors
     for idx, tensor in enumerate(tensors):
         tensor.fill_(idx)
     for idx, tensor in enumerate(tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from dataclasses import dataclass, replace
 
@@ -125,7 +126,8 @@ class DeviceStandIn:
             result = self._inner.dispatch(replace(args, handle=self._without_plan(args.handle)), scope)
             return replace(result, handle=args.handle)
         result = self._inner.dispatch(args, scope)
-        handle, num_rows = result.handle, len(args.topk_idx) if args.do_expand else 0
+        handle = replace(result.handle, recv_src_metadata=_in_common_memory(result.handle.recv_src_metadata))
+        num_rows = len(args.topk_idx) if args.do_expand else 0
         self._plans[handle.dispatch_idx] = handle.plan
         num_ranks = dist.get_world_size(self._inner._transport.group)
         shapes = (args.topk_idx.shape, (num_rows, args.num_topk), (num_ranks,))
@@ -143,6 +145,14 @@ class DeviceStandIn:
         assert isinstance(handle.plan, DevicePlan)
         assert self._may_copy or handle.plan.has_row_order(handle.recv_src_metadata)
         return replace(handle, plan=self._plans[handle.dispatch_idx])
+
+
+def _in_common_memory(metadata: Tensor) -> Tensor:
+    """A copy that shares its memory with more, as kernels write it: torch counts no change."""
+    memory = torch.empty(metadata.numel() + 1, dtype=metadata.dtype)
+    copy = memory[1:].view(metadata.shape)
+    ctypes.memmove(copy.data_ptr(), metadata.data_ptr(), metadata.numel() * metadata.element_size())
+    return copy
 
 
 def with_device_plans(buffer: ElasticBuffer, *, may_copy: bool = False) -> ElasticBuffer:

@@ -176,9 +176,9 @@ class DevicePlan:
         """Every tensor of it."""
         return list(self.owned)
 
-    def parts(self) -> PlanParts:
-        """See `Plan`. The metadata is the handle's, which must be as the kernel wrote it when this is called."""
-        return PlanParts(tensors=[self.ints.tensor(name) for name in _PLAN_NAMES], numbers=[self.metadata_version])
+    def parts(self, metadata: torch.Tensor) -> PlanParts:
+        """See `Plan`. A copy that was made in an operator counts as changed in place once, so its count is its own."""
+        return PlanParts(tensors=[self.ints.tensor(name) for name in _PLAN_NAMES], numbers=[version_of(metadata)])
 
     @classmethod
     def of_parts(cls, parts: PlanParts, metadata: torch.Tensor) -> DevicePlan:

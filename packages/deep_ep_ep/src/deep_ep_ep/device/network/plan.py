@@ -53,9 +53,9 @@ class NetworkPlan:
         """Every tensor of it."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
 
-    def parts(self) -> PlanParts:
-        """See `Plan`. The metadata is the handle's, which must be as the kernel wrote it when this is called."""
-        return PlanParts(tensors=self.tensors()[:-1], numbers=[self.metadata_version])
+    def parts(self, metadata: torch.Tensor) -> PlanParts:
+        """See `Plan`. A copy that was made in an operator counts as changed in place once, so its count is its own."""
+        return PlanParts(tensors=self.tensors()[:-1], numbers=[version_of(metadata)])
 
     @classmethod
     def of_parts(cls, parts: PlanParts, metadata: torch.Tensor) -> NetworkPlan:
