@@ -37,7 +37,6 @@ from deep_ep_ep.bench.measure import (
     time_host_calls,
     time_rounds,
 )
-from deep_ep_ep.bench.report import commit_of
 from deep_ep_ep.bench.suites import SUITES
 from deep_ep_ep.bench.tasks import check_results, make_task
 
@@ -360,32 +359,6 @@ def test_host_time_is_that_of_each_call_after_the_warmup():
     assert len(times_ms) == 5
     assert events == ["call"] * 7
     assert min(times_ms) >= 0
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def test_commit_is_that_of_the_checkout_which_tracks_the_file(tmp_path):
-    git(tmp_path, "init", "--quiet")
-    tracked, untracked = tmp_path / "tracked.py", tmp_path / "untracked.py"
-    for file in (tracked, untracked):
-        file.write_text("1\n")
-    git(tmp_path, "add", "tracked.py")
-    git(tmp_path, "commit", "--quiet", "-m", "m")
-    git(tmp_path, "tag", "-a", "v1", "-m", "m")
-    head = git(tmp_path, "rev-parse", "HEAD")
-    assert commit_of(tracked) == head
-    assert commit_of(untracked) is None, "a library installed inside another project's checkout has no commit"
-    tracked.write_text("2\n")
-    assert commit_of(tracked) == f"{head}-dirty"
-
-
-def test_commit_outside_any_checkout_is_unknown(tmp_path):
-    (tmp_path / "file.py").touch()
-    assert commit_of(tmp_path / "file.py") is None
 
 
 ARGUMENTS = ["--tokens", "16", "--hidden", "256", "--topk", "4", "--experts", "8", "--device", "cpu"]

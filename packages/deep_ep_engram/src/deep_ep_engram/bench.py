@@ -10,24 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from deep_ep_core.backend_choice import BackendName
+from deep_ep_core.bench_machine import read_machine
 from deep_ep_core.domains import detect_topology
-from deep_ep_core.errors import ConfigError, TransportError
+from deep_ep_core.errors import ConfigError
 from deep_ep_core.launch import main as launch_main
-from deep_ep_core.nccl import load_nccl
 from deep_ep_core.topology import host_identity
 from deep_ep_engram.sizing import get_engram_storage_size_hint
 from deep_ep_engram.table import EngramTable
@@ -135,7 +133,7 @@ def _device_kind(options: argparse.Namespace) -> str:
 def _run_rank(options: argparse.Namespace, command: str) -> None:
     session = _open_session(options)
     copy_gbs = _measure_copy_gbs(session)
-    facts = _machine_facts(session.device)
+    facts = asdict(read_machine(session.device, file=Path(__file__)))
     for name in options.cases:
         for memory in options.memory:
             case = CASES[name]
@@ -316,43 +314,6 @@ def _measure_copy_gbs(session: _Session) -> float:
     slowest = torch.tensor(fastest, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return float(2 * num_bytes / slowest.item() * _MS_PER_S / _BYTES_PER_GB)
-
-
-def _machine_facts(device: torch.device) -> dict[str, object]:
-    """What a run stands on; a value that is not known is None."""
-    is_cuda = device.type == "cuda"
-    nccl: str | None = None
-    if is_cuda:
-        try:
-            code = load_nccl().version
-            nccl = f"{code // 10000}.{code // 100 % 100}.{code % 100}"
-        except TransportError:
-            nccl = None
-    return {
-        "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
-        "driver": _driver_version() if is_cuda else None,
-        "nccl": nccl,
-        "torch": str(torch.__version__),
-        "commit": _commit(),
-    }
-
-
-def _driver_version() -> str | None:
-    try:
-        first_line = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    # "NVRM version: NVIDIA UNIX ... Kernel Module  580.10.1  <date>"
-    return next((word for word in first_line.split() if word.count(".") >= 1 and word[0].isdigit()), None)
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file is in; None where there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

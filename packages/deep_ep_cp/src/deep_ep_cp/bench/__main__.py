@@ -10,17 +10,20 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from deep_ep_core.bench_machine import read_machine
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.launch import main as launch_main
 from deep_ep_core.topology import host_identity
 from deep_ep_cp.bench.cases import OPS, Case
 from deep_ep_cp.bench.measure import Session, make_call, measure_baseline, measure_call, measure_copy_gbs
 from deep_ep_cp.bench.profile import device_activities, kernels_among
-from deep_ep_cp.bench.report import make_record, read_machine
+from deep_ep_cp.bench.report import make_record
 from deep_ep_cp.buffer import ContextBuffer
 from deep_ep_cp.region import REGION_ALIGNMENT_BYTES
 
@@ -50,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_rank(options: argparse.Namespace, command: str) -> int:
     session = _open_session(options)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    machine = read_machine(session.device)
+    machine = read_machine(session.device, file=Path(__file__))
+    if session.device.type == "cpu":
+        # Records name GPUs only.
+        machine = replace(machine, device=None)
     copy_gbs = 0.0 if options.profile else measure_copy_gbs(session)
     num_kernels = 0
     for kib in options.kib:

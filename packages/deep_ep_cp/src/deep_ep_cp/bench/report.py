@@ -1,4 +1,4 @@
-"""Owns what the benchmark says: the record of a case, and the facts about the machine in it.
+"""Owns what the benchmark says: the record of a case.
 
 A value that is not known is None, in JSON null; none is made up.
 """
@@ -7,42 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from deep_ep_core.errors import TransportError
-from deep_ep_core.nccl import load_nccl
+from deep_ep_core.bench_machine import Machine
 from deep_ep_cp.bench.cases import DTYPE, Case
 from deep_ep_cp.bench.measure import Spread
 
-__all__ = ["Machine", "Record", "make_record", "read_machine"]
+__all__ = ["Record", "make_record"]
 
 _MS_PER_S = 1e3
 _BYTES_PER_GB = 1e9
-_DRIVER_VERSION = re.compile(r"\b\d{3}\.\d+(\.\d+)?\b")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a run stands on.
-
-    Attributes:
-        device: Name of the GPU; None on a CPU.
-        driver: Version of the NVIDIA driver.
-        nccl: Version of the NCCL that is used.
-        torch: Version of torch.
-        commit: Commit of the library's checkout, with `-dirty` if files in it differ.
-    """
-
-    device: str | None
-    driver: str | None
-    nccl: str | None
-    torch: str
-    commit: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +26,7 @@ class Record:
     Attributes:
         op: `all_gather`, `all_gather_in_place` or `reduce_scatter`.
         backend: Name of the backend that ran.
-        device, driver, nccl, torch, commit: See `Machine`.
+        device, driver, nccl, torch, commit: See `deep_ep_core.bench_machine.Machine`; no device on a CPU.
         command: Command line that makes this record again, among others.
         num_ranks: Number of ranks.
         num_ranks_of_device: Ranks that share a device.
@@ -122,52 +96,3 @@ def make_record(
         ratio_to_floor=times.median_ms / floor_ms,
         baseline_ms=None if baseline is None else baseline.median_ms,
     )
-
-
-def read_machine(device: torch.device) -> Machine:
-    """Look up the facts about this rank's machine. Collective: no."""
-    is_cuda = device.type == "cuda"
-    return Machine(
-        device=torch.cuda.get_device_name(device) if is_cuda else None,
-        driver=_driver_version() if is_cuda else None,
-        nccl=_nccl_version() if is_cuda else None,
-        torch=str(torch.__version__),
-        commit=_commit(),
-    )
-
-
-def _nccl_version() -> str | None:
-    try:
-        code = load_nccl().version
-    except TransportError:
-        # None, or one too old for windows.
-        return None
-    return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
-
-
-def _driver_version() -> str | None:
-    try:
-        match = _DRIVER_VERSION.search(Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
-    except OSError:
-        # Another maker's GPU, or a container that does not show it.
-        return None
-    return match[0] if match else None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file is tracked in; None for an installed library."""
-    file = Path(__file__)
-    try:
-        for command in (["ls-files", "--error-unmatch", file.name], ["rev-parse", "HEAD"], ["diff", "--quiet", "HEAD"]):
-            done = subprocess.run(
-                ["git", "-C", str(file.parent), *command],
-                capture_output=True,
-                text=True,
-                check=command[0] != "diff",
-            )
-            if command[0] == "rev-parse":
-                commit = done.stdout.strip()
-    # No git, no checkout, or one that git does not trust.
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("-dirty" if done.returncode else "")

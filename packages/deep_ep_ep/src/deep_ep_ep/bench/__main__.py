@@ -13,17 +13,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
+from deep_ep_core.bench_machine import nccl_version, read_machine
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.launch import main as launch_main
 from deep_ep_core.topology import host_identity
 from deep_ep_ep.bench.cases import DTYPES, LAYOUTS, MODES, OPS, RECV_MEMORIES, Case, Sweep
 from deep_ep_ep.bench.measure import CaseRunner, Session, measure_copy_gbs
-from deep_ep_ep.bench.report import make_record, nccl_version, read_machine, table_head, table_row
+from deep_ep_ep.bench.report import make_record, table_head, table_row
 from deep_ep_ep.bench.suites import SUITES
 from deep_ep_ep.buffer import get_physical_domain_size
 
@@ -85,7 +87,7 @@ def _run_rank(options: argparse.Namespace, cases: Sequence[Case], command: str) 
     rank = dist.get_rank()
     with _report_files(options.json, is_reporting=rank == 0) as (table_file, json_file):
         copy_gbs = measure_copy_gbs(session)
-        machine = read_machine(session.device)
+        machine = read_machine(session.device, file=Path(__file__))
         runner = CaseRunner(session)
         for number, case in enumerate(cases):
             measurement = runner.run(case)

@@ -1,4 +1,4 @@
-"""Owns what the benchmark says: the record of a case, the facts about the machine in it, and the table.
+"""Owns what the benchmark says: the record of a case, and the table.
 
 A value that is not known is None, in JSON null; none is made up.
 """
@@ -7,44 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import re
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from deep_ep_core.errors import TransportError
-from deep_ep_core.nccl import load_nccl
+from deep_ep_core.bench_machine import Machine
 from deep_ep_ep.bench.cases import Case
 from deep_ep_ep.bench.measure import Measurement
 
-__all__ = ["Machine", "Record", "commit_of", "make_record", "nccl_version", "read_machine", "table_head", "table_row"]
+__all__ = ["Record", "make_record", "table_head", "table_row"]
 
 _MS_PER_S = 1e3
 _BYTES_PER_GB = 1e9
 _BYTES_PER_MIB = 1 << 20
-_CPU_MODEL = re.compile(r"^model name\s*:\s*(.+)$", flags=re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a run stands on.
-
-    Attributes:
-        device: Name of the GPU or of the processor.
-        driver: Version of the NVIDIA driver.
-        nccl: Version of the NCCL that torch has loaded.
-        torch: Version of torch.
-        commit: Commit of the library's checkout, with `-dirty` if files in it differ.
-    """
-
-    device: str | None
-    driver: str | None
-    nccl: str | None
-    torch: str
-    commit: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,68 +134,6 @@ def make_record(
         num_bytes=measurement.num_bytes,
         window_bytes=measurement.window_bytes,
     )
-
-
-def read_machine(device: torch.device) -> Machine:
-    """Look up the facts about this rank's machine. Collective: no."""
-    is_cuda = device.type == "cuda"
-    return Machine(
-        device=torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
-        driver=_driver_version() if is_cuda else None,
-        nccl=".".join(map(str, nccl_version())) if is_cuda else None,
-        torch=str(torch.__version__),
-        commit=commit_of(Path(__file__)),
-    )
-
-
-def nccl_version() -> tuple[int, ...]:
-    """Version of the NCCL that is used, which need not be the one that torch was built with. Collective: no."""
-    try:
-        code = load_nccl().version
-    except TransportError:
-        # Too old for windows, as that of torch may be.
-        return tuple(torch.cuda.nccl.version())
-    return code // 10000, code // 100 % 100, code % 100
-
-
-def commit_of(file: Path) -> str | None:
-    """The commit of the checkout that a file is tracked in, with `-dirty` if tracked files in it differ.
-
-    None for a file that is not tracked, even inside a checkout: an installed library may lie in someone else's.
-    """
-    try:
-        for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--abbrev=40", "--dirty"]):
-            # A tag that happens to be there would stand in for the hash.
-            options = ["--exclude=*"] if command[0] == "describe" else []
-            done = subprocess.run(
-                ["git", "-C", str(file.parent), *command, *options], capture_output=True, text=True, check=True
-            )
-    # No git, no checkout, or one that git does not trust.
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _driver_version() -> str | None:
-    import pynvml  # loads the driver's library at the first call, which importing this module must not do
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
-    # Another maker's GPU.
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return None
-
-
-def _cpu_name() -> str | None:
-    try:
-        match = _CPU_MODEL.search(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or None
 
 
 # The table: headings and widths. Widths and the blanks between them make 117 columns.

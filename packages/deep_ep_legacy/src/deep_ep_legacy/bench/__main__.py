@@ -11,13 +11,15 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from deep_ep_core.bench_machine import Machine, read_machine
 from deep_ep_core.launch import main as launch_main
 from deep_ep_legacy.bench.low_latency import Sizes, Timing, measure_copy_gbs, measure_low_latency
-from deep_ep_legacy.bench.report import Machine, Record, read_machine, table_head, table_row
+from deep_ep_legacy.bench.report import Record, table_head, table_row
 from deep_ep_legacy.buffer import Buffer
 
 __all__ = ["main"]
@@ -57,7 +59,7 @@ def _run_rank(options: argparse.Namespace, sizes: Sizes, command: str) -> None:
     gpus: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(gpus, str(torch.cuda.get_device_properties(device).uuid))
     num_gpu_ranks = max(Counter(gpus).values())
-    copy_gbs, machine = measure_copy_gbs(), read_machine(device)
+    copy_gbs, machine = measure_copy_gbs(), read_machine(device, file=Path(__file__))
     json_file = None if options.json is None or dist.get_rank() else open(options.json, "w", encoding="utf-8")  # noqa: SIM115
     has_head = False
     for timing in measure_low_latency(buffer, sizes, seed=options.seed, num_rounds=options.rounds):

@@ -1,4 +1,4 @@
-"""Owns what the benchmark says: the record of a case, the facts about the machine in it, and the table.
+"""Owns what the benchmark says: the record of a case, and the table.
 
 A value that is not known is None, in JSON null; none is made up.
 """
@@ -7,27 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from deep_ep_core.errors import TransportError
-from deep_ep_core.nccl import load_nccl
-
-__all__ = ["Machine", "Record", "read_machine", "table_head", "table_row"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a run stands on: GPU, driver, the NCCL that is loaded, torch, and the commit of the library's checkout."""
-
-    device: str
-    driver: str | None
-    nccl: str | None
-    torch: str
-    commit: str | None
+__all__ = ["Record", "table_head", "table_row"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +19,7 @@ class Record:
     Attributes:
         op: `dispatch`, `combine`, or a half of one: `dispatch-send`, `dispatch-receive` and so on.
         backend: Name of the backend that ran.
-        device, driver, nccl, torch, commit: See `Machine`.
+        device, driver, nccl, torch, commit: See `deep_ep_core.bench_machine.Machine`.
         command: Command line that makes this record again, among others.
         num_ranks: Number of ranks.
         num_nodes: Number of nodes.
@@ -62,7 +44,7 @@ class Record:
 
     op: str
     backend: str
-    device: str
+    device: str | None
     driver: str | None
     nccl: str | None
     torch: str
@@ -94,23 +76,6 @@ class Record:
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
 
-def read_machine(device: torch.device) -> Machine:
-    """Look up the facts about this rank's machine. Collective: no."""
-    try:
-        code = load_nccl().version
-        nccl = f"{code // 10000}.{code // 100 % 100}.{code % 100}"
-    except TransportError:
-        # Too old for windows.
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return Machine(
-        device=torch.cuda.get_device_name(device),
-        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        nccl=nccl,
-        torch=str(torch.__version__),
-        commit=_output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"),
-    )
-
-
 def table_head(record: Record) -> str:
     """What is the same in all rows, and the headings."""
     return "\n".join(
@@ -134,12 +99,3 @@ def table_row(record: Record) -> str:
     times = "".join(f"{time_ms * 1e3:>8.1f}" for time_ms in (record.median_ms, record.min_ms, record.max_ms))
     hook = "yes" if record.has_hook else "no"
     return f"{record.op:<17}{record.dtype:<7}{record.mode:<8}{hook:<6}{times}{floor:>8}{ratio:>9}{rate:>8}"
-
-
-def _output(*command: str) -> str | None:
-    """What a program says, in one line; None where it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

@@ -11,17 +11,19 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from deep_ep_core.bench_machine import read_machine
 from deep_ep_core.domains import detect_topology
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.launch import main as launch_main
 from deep_ep_core.topology import host_identity
 from deep_ep_pp.bench.measure import Session, Spread, measure_copies, time_rounds
-from deep_ep_pp.bench.report import Record, make_record, read_machine
+from deep_ep_pp.bench.report import Record, make_record
 from deep_ep_pp.bench.tasks import MODES, OPS, Case, busiest_device_bytes, make_task
 from deep_ep_pp.buffer import BackendName, PipelineBuffer
 
@@ -59,7 +61,7 @@ def _run_rank(options: argparse.Namespace, cases: Sequence[Case], command: str) 
     session = _open_session(options)
     rank = dist.get_rank()
     copy_gbs, engine_gbs = measure_copies(session)
-    machine = read_machine(session.device)
+    machine = read_machine(session.device, file=Path(__file__))
     with _json_file(options.json, is_reporting=rank == 0) as json_file, _stream(session, options):
         for case in cases:
             library, baseline, backend = _measure(session, case, options.backend, has_baseline=not options.no_baseline)

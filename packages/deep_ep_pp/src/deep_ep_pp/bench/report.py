@@ -1,4 +1,4 @@
-"""Owns the records of the benchmark, and the facts about the machine in them.
+"""Owns the records of the benchmark.
 
 A value that is not known is None, in JSON null; none is made up.
 """
@@ -7,42 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from deep_ep_core.errors import TransportError
-from deep_ep_core.nccl import load_nccl
+from deep_ep_core.bench_machine import Machine
 from deep_ep_pp.bench.measure import STEPS_PER_ROUND, Spread
 from deep_ep_pp.bench.tasks import Case
 
-__all__ = ["Machine", "Record", "make_record", "read_machine"]
+__all__ = ["Record", "make_record"]
 
 _MS_PER_S = 1e3
 _BYTES_PER_GB = 1e9
-_DRIVER_VERSION_FILE = Path("/sys/module/nvidia/version")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a run stands on.
-
-    Attributes:
-        device: Name of the GPU or of the processor.
-        driver: Version of the NVIDIA driver.
-        nccl: Version of the NCCL that is used.
-        torch: Version of torch.
-        commit: Commit of the library's checkout, with `-dirty` if files in it differ.
-    """
-
-    device: str | None
-    driver: str | None
-    nccl: str | None
-    torch: str
-    commit: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,47 +127,3 @@ def make_record(
         ratio_to_floor=None if floor_ms is None else library.median_ms / floor_ms,
         baseline_ms=None if baseline is None else baseline.median_ms,
     )
-
-
-def read_machine(device: torch.device) -> Machine:
-    """Look up the facts about this rank's machine. Collective: no."""
-    is_cuda = device.type == "cuda"
-    return Machine(
-        device=torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine() or None,
-        driver=_driver_version() if is_cuda else None,
-        nccl=_nccl_version() if is_cuda else None,
-        torch=str(torch.__version__),
-        commit=_commit_of(Path(__file__)),
-    )
-
-
-def _nccl_version() -> str:
-    try:
-        code = load_nccl().version
-    except TransportError:
-        # Too old for windows, as that of torch may be.
-        return ".".join(map(str, torch.cuda.nccl.version()))
-    return f"{code // 10000}.{code // 100 % 100}.{code % 100}"
-
-
-def _driver_version() -> str | None:
-    try:
-        return _DRIVER_VERSION_FILE.read_text(encoding="ascii").strip()
-    # Another maker's GPU, or a container that does not see the file.
-    except OSError:
-        return None
-
-
-def _commit_of(file: Path) -> str | None:
-    """The commit of the checkout that a file is tracked in; None for a file that is not."""
-    try:
-        for command in (["ls-files", "--error-unmatch", file.name], ["describe", "--always", "--abbrev=40", "--dirty"]):
-            # A tag that happens to be there would stand in for the hash.
-            options = ["--exclude=*"] if command[0] == "describe" else []
-            done = subprocess.run(
-                ["git", "-C", str(file.parent), *command, *options], capture_output=True, text=True, check=True
-            )
-    # No git, no checkout, or one that git does not trust.
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
