@@ -1,13 +1,16 @@
-"""Owns what all test suites share: the rank pools of a session. It holds no test and no test data."""
+"""Owns what all test suites share: the rank pools of a session, and compilers. It holds no test and no test data."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from deep_ep_core.jit import Compiler
     from deep_ep_core.local import RankPool
     from deep_ep_core.local.config import Device
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 _MAX_LIVE_POOLS = 2
 # And a GPU pool may hold a server on the GPUs that serves no other pool's ranks.
 _MAX_LIVE_GPU_POOLS = 1
+
+# Every warning of nvcc is an error, and the host compiler reads the headers too.
+_STRICT_FLAGS = "-Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror"
 
 
 class RankPools:
@@ -96,3 +102,23 @@ def gpu_rank_pool() -> Iterator[RankPools]:
         yield pools
     finally:
         pools.close()
+
+
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Compiler:
+    """Each of the two compilers of kernels in turn, without NCCL's headers, where it is there; nvcc is strict."""
+    from deep_ep_core.jit import JitOptions
+    from deep_ep_core.jit.compiler import NvccCompiler, NvrtcCompiler
+    from deep_ep_core.jit.toolchain import find_nvcc, find_nvrtc, find_toolkit_headers
+
+    options = JitOptions(cache_dir=tmp_path)
+    if request.param == "nvrtc":
+        nvrtc = find_nvrtc()
+        if isinstance(nvrtc, str):
+            pytest.skip(f"no NVRTC: {nvrtc}")
+        return NvrtcCompiler(nvrtc, find_toolkit_headers(options), options)
+    nvcc = find_nvcc(options)
+    if nvcc is None:
+        pytest.skip("no nvcc was found")
+    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {_STRICT_FLAGS}"
+    return NvccCompiler(nvcc, options, None, {**os.environ, "NVCC_APPEND_FLAGS": flags})

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 
-from deep_ep_core.jit import CompileJob, Compiler, JitOptions, KernelSpec, mirror_source, package_include_dir
-from deep_ep_core.jit.compiler import NvccCompiler, NvrtcCompiler
+from deep_ep_core.jit import CompileJob, Compiler, KernelSpec, mirror_source, package_include_dir
 from deep_ep_core.jit.resources import parse_usage
-from deep_ep_core.jit.toolchain import find_nvcc, find_nvrtc, find_toolkit_headers
 from deep_ep_ep.device import combine_kernel, dispatch_kernel, opening, state
 
 INCLUDE_DIRS = (package_include_dir("deep_ep_core"), package_include_dir("deep_ep_ep"))
@@ -28,25 +24,6 @@ SPECS: list[KernelSpec] = [
     *combine_kernel.all_combine_specs(),
     *(dispatch_kernel.dispatch_spec(config) for config in dispatch_kernel.all_dispatch_configs()),
 ]
-
-# Every warning of nvcc is an error, and the host compiler reads the headers too.
-_STRICT_FLAGS = "-Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror"
-
-
-@pytest.fixture(params=["nvcc", "nvrtc"])
-def compiler(request: pytest.FixtureRequest, tmp_path: Path) -> Compiler:
-    """Each of the two compilers in turn, where it is there."""
-    options = JitOptions(cache_dir=tmp_path)
-    if request.param == "nvrtc":
-        nvrtc = find_nvrtc()
-        if isinstance(nvrtc, str):
-            pytest.skip(f"no NVRTC: {nvrtc}")
-        return NvrtcCompiler(nvrtc, find_toolkit_headers(options), options)
-    nvcc = find_nvcc(options)
-    if nvcc is None:
-        pytest.skip("no nvcc was found")
-    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} {_STRICT_FLAGS}"
-    return NvccCompiler(nvcc, options, None, {**os.environ, "NVCC_APPEND_FLAGS": flags})
 
 
 @pytest.mark.parametrize("arch", ARCHS)
