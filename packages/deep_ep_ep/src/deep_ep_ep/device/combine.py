@@ -16,7 +16,7 @@ from deep_ep_ep.checks import BufferFacts, CombineArgs
 from deep_ep_ep.device.combine_kernel import CombineParams, combine_launch_shape, combine_slab_bytes, combine_spec
 from deep_ep_ep.device.context import DeviceContext
 from deep_ep_ep.device.opening import PUSHED, AgreedValues, OperationKind
-from deep_ep_ep.device.plan import DevicePlan
+from deep_ep_ep.device.plan import DevicePlan, source_order
 
 __all__ = ["Combiner"]
 
@@ -160,9 +160,8 @@ class Combiner:
         if handle.do_expand or has_row_order:
             x.copy_(args.x)
             return x, args.topk_weights
-        num_recv = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
-        order = handle.recv_src_metadata[:num_recv, 0].argsort()
-        torch.index_select(args.x, 0, order, out=x[:num_recv])
+        order = source_order(handle.recv_src_metadata, handle.psum_num_recv_tokens_per_scaleup_rank)
+        torch.index_select(args.x, 0, order, out=x)
         weights = None if args.topk_weights is None else args.topk_weights.index_select(0, order)
         return x, weights
 

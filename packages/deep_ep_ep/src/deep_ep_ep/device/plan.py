@@ -11,7 +11,7 @@ import torch
 
 from deep_ep_ep.handle import DeferredTensors, PlanParts
 
-__all__ = ["DevicePlan", "RoutingLayout", "RoutingMemory", "routing_layout"]
+__all__ = ["DevicePlan", "RoutingLayout", "RoutingMemory", "routing_layout", "source_order"]
 
 _INT32_BYTES = 4
 # The tensors of a plan, in the order in which operators pass them.
@@ -208,3 +208,20 @@ class DevicePlan:
 def version_of(tensor: torch.Tensor) -> int:
     """How often a tensor was changed in place; -1 for an inference tensor, whose changes torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def source_order(metadata: torch.Tensor, recv_row_ends: torch.Tensor) -> torch.Tensor:
+    """The order in which permuted rows lie as the dispatch laid them, by (source rank, token).
+
+    Args:
+        metadata: `[num_recv_tokens, num_topk + 2]` int32, permuted with the rows.
+        recv_row_ends: `[num_ranks]` int32: inclusive prefix sum of the rows received from each rank. Rows behind the
+            last of these have no source, and come last.
+
+    Returns:
+        `[num_recv_tokens]` int64, for `index_select`.
+
+    Stream: runs on the current one; the host waits for nothing.
+    """
+    is_real = torch.arange(len(metadata), device=metadata.device) < recv_row_ends[-1]
+    return torch.where(is_real, metadata[:, 0], torch.iinfo(torch.int32).max).argsort(stable=True)

@@ -20,6 +20,7 @@ from deep_ep_ep.device.network.context import NetworkContext
 from deep_ep_ep.device.network.dispatch_kernels import chunk_rows
 from deep_ep_ep.device.network.plan import NetworkPlan
 from deep_ep_ep.device.opening import AgreedValues, OperationKind
+from deep_ep_ep.device.plan import source_order
 from deep_ep_ep.handle import EPHandle
 
 __all__ = ["NetworkCombiner"]
@@ -181,9 +182,7 @@ def _in_row_order(args: CombineArgs, plan: NetworkPlan) -> tuple[torch.Tensor, t
     metadata = handle.recv_src_metadata
     if plan.has_row_order(metadata):
         return x, weights, metadata
-    # Rows behind the real ones have no source: last.
-    is_real = torch.arange(len(metadata), device=metadata.device) < plan.recv_row_ends[-1]
-    order = torch.where(is_real, metadata[:, 0], torch.iinfo(torch.int32).max).argsort(stable=True)
+    order = source_order(metadata, plan.recv_row_ends)
     metadata = metadata.index_select(0, order)
     # Rows by expert lie so in any case; only the metadata was permuted.
     if handle.do_expand:
