@@ -34,7 +34,7 @@ def ranks(gpu_rank_pool, shape):
 class TestAnyRanks:
     """On every shape; parametrised by it first, so that its ranks start once."""
 
-    def test_auto_takes_the_device_backend(self, ranks):
+    def test_auto_takes_the_device_backend_inside_a_node(self, ranks):
         ranks.run(run_check, pp_device.check_the_choice, "auto", "cuda")
 
     @pytest.mark.parametrize(("backend", "device"), SETTINGS, ids=SETTING_NAMES)

@@ -131,8 +131,8 @@ def check_third_stream(recv_memory: str) -> None:
                 event.current_stream_wait()
                 torch.cuda._sleep(_SHORT_SLEEP_CYCLES // 4)
                 copies.append((problem, [sent[0].clone(), sent[1].clone(), sent[2].clone(), sent[3]]))
-                for tensor in sent[1:3]:
-                    # Torch's own memory needs to be told; the heap notices where the last view dies.
+                # Torch's own memory needs to be told; the heap notices where the last view dies.
+                for tensor in sent[0 if recv_memory == "torch" else 1 : 3]:
                     tensor.record_stream(third)
                 del sent, tensor
         third.synchronize()
