@@ -147,6 +147,9 @@ static void tear_down(Rank* self) {
   int (*num_live_mappings)(void) = NULL;
   *(void**)&num_live_mappings = dlsym(RTLD_DEFAULT, "fake_cuda_num_live_mappings");
   if (num_live_mappings != NULL) CHECK(num_live_mappings() == 0, "%d mappings are left", num_live_mappings());
+  int (*num_live_contexts)(void) = NULL;
+  *(void**)&num_live_contexts = dlsym(RTLD_DEFAULT, "fake_cuda_num_live_contexts");
+  if (num_live_contexts != NULL) CHECK(num_live_contexts() == 0, "%d contexts are left", num_live_contexts());
 }
 
 static int run_rank(Rank* self, Bootstrap* bootstrap, Scenario* scenario) {
@@ -154,7 +157,9 @@ static int run_rank(Rank* self, Bootstrap* bootstrap, Scenario* scenario) {
     int (*set_current)(void*) = NULL;
     CHECK(dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL) != NULL, "%s", dlerror());
     *(void**)&set_current = dlsym(RTLD_DEFAULT, "cuCtxSetCurrent");
-    set_current(self);
+    // Memory that is all zero serves as the application's context.
+    static uint64_t application[8];
+    set_current(application);
   }
   connect_ranks(self, bootstrap);
   self->window = allocate(self, self->window_bytes, true);

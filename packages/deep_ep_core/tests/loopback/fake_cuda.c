@@ -31,7 +31,14 @@ typedef struct {
   Step** end;
 } Stream;
 
+// An application's context is any pointer; those that are made here remember what they were put above.
+typedef struct {
+  bool is_made_here;
+  void* below;
+} Context;
+
 static _Thread_local void* current;
+static int num_live_contexts;
 static Allocation allocations[kMaxAllocations];
 static int num_allocations;
 static int num_live_mappings;
@@ -49,7 +56,31 @@ void* fake_cuda_allocate(size_t bytes, bool has_handle) {
 
 int fake_cuda_num_live_mappings(void) { return num_live_mappings; }
 
+int fake_cuda_num_live_contexts(void) { return num_live_contexts; }
+
 // ---- The driver's interface
+
+int cuCtxCreate_v2(void** context, unsigned flags, int device) {
+  if (flags != 0 || device != 0) return kInvalidValue;
+  Context* made = malloc(sizeof *made);
+  *made = (Context){.is_made_here = true, .below = current};
+  *context = current = made;
+  num_live_contexts++;
+  return kOk;
+}
+
+int cuCtxPopCurrent_v2(void** context) {
+  *context = current;
+  if (current == NULL || !((Context*)current)->is_made_here) return kInvalidValue;
+  current = ((Context*)current)->below;
+  return kOk;
+}
+
+int cuCtxDestroy_v2(void* context) {
+  free(context);
+  num_live_contexts--;
+  return kOk;
+}
 
 int cuCtxGetCurrent(void** context) {
   *context = current;
@@ -168,7 +199,8 @@ int cuMemFree_v2(uint64_t pointer) {
 
 int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
   (void)priority;
-  if (current == NULL || flags != 1) return kNoContext;
+  // What is held up in the application's context must not hold up the network.
+  if (current == NULL || !((Context*)current)->is_made_here || flags != 1) return kNoContext;
   Stream* made = calloc(1, sizeof *made);
   made->end = &made->first;
   *stream = made;

@@ -189,8 +189,11 @@ def _disagree_in_shape(buffer: ContextBuffer, rank: int) -> None:
 
 
 def come_late(late_rank: int, timeout_s: float, delay_s: float) -> str:
-    """`late_rank` comes too late; returns what each rank is told, and shows that its GPU works on."""
-    rank, buffer = dist.get_rank(), make_buffer(num_cpu_timeout_secs=timeout_s)
+    """`late_rank` comes too late; returns what each rank is told, and shows that its GPU works on.
+
+    It asks the others, who do not answer, and so breaks the connections of the group, which is one of its own.
+    """
+    rank, buffer = dist.get_rank(), make_buffer(dist.new_group(), num_cpu_timeout_secs=timeout_s)
     with buffer.agrs_new_session():
         buffer.all_gather(ones(1))[1]()
     torch.cuda.synchronize()

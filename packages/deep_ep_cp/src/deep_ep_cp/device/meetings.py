@@ -14,7 +14,7 @@ import torch
 
 from deep_ep_core.copy_engine import Copy, copy_batch
 from deep_ep_core.cuda_streams import RecordedEvent
-from deep_ep_core.errors import DeepEPError, RankMismatchError
+from deep_ep_core.errors import CommTimeoutError, DeepEPError, RankMismatchError
 from deep_ep_core.stream_order import CudaStreamOrder
 from deep_ep_core.stream_signals import Awaited, StreamSignals
 from deep_ep_core.transport import CollectiveTransport
@@ -129,13 +129,14 @@ class Meetings:
         others = [peer for peer in self._peers if heard[peer] != meeting.digest]
         if not others:
             return
-        if any(heard[peer] >> _DIGEST_BITS != meeting.digest >> _DIGEST_BITS for peer in others):
+        strayed = [peer for peer in others if heard[peer] >> _DIGEST_BITS != meeting.digest >> _DIGEST_BITS]
+        if strayed:
             # The wait has expired and let the stream go on without them.
             self._signals.check()
         # Meetings behind this one are of no use, and may never be complete.
         self._signals.abandon()
         try:
-            # All ranks see that they disagree, so all come here.
+            # All ranks see that they disagree, so all come here, but for those that gave up waiting for this one.
             self._transport.begin(meeting.operation, agreed_by_call(meeting.session_idx, meeting.regions))
         except RankMismatchError as error:
             listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(error.values))
@@ -147,7 +148,23 @@ class Meetings:
                 values=error.values,
             )
             raise self._failure from error
+        except CommTimeoutError as error:
+            self._failure = self._left_behind(meeting, strayed) if strayed else error
+            raise self._failure from error
         except DeepEPError as error:
             self._failure = error
             raise
         assert not others, (meeting, heard)
+
+    def _left_behind(self, meeting: _Meeting, peers: Sequence[int]) -> CommTimeoutError:
+        """What to raise where peers are at a later meeting and do not answer: they gave up waiting for this rank."""
+        rank, phase = self._memory.rank, f"{meeting.operation} in session {meeting.session_idx}"
+        names = f"rank{'s' if len(peers) > 1 else ''} {', '.join(map(str, peers))}"
+        return CommTimeoutError(
+            f"{self._transport.name}: {phase}: rank {rank} must come within the timeout of its peers, but {names} gave "
+            f"up waiting and went on; see what held rank {rank} up, or raise the timeout if it was only slow. What was "
+            "gathered is undefined: make the buffer anew on all ranks, or stop",
+            phase=phase,
+            rank=rank,
+            peers=peers,
+        )

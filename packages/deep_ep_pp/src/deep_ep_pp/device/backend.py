@@ -5,7 +5,6 @@ The protocol of a message is in `lanes`, the ways to a peer in `links`, the plac
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -32,8 +31,6 @@ from deep_ep_pp.sizing import PipelineConfig
 __all__ = ["DeviceBackend", "open_device_backend"]
 
 _POLL_S = 20e-6
-# How long a buffer that is given up tries to set its streams free before it leaves them to their deadlines.
-_FREEING_S = 1.0
 
 
 class DeviceBackend:
@@ -189,7 +186,7 @@ class DeviceBackend:
         self._is_closed = True
         with torch.cuda.device(self._device):
             if self._has_waits:
-                self._set_streams_free()
+                self._signals.abandon()
             self._signals.close()
             if self._network is not None:
                 self._network.close()
@@ -261,20 +258,6 @@ class DeviceBackend:
         if self._slots is not None and self._slots.layout.num_bytes_of(region.name) >= region.num_bytes:
             return self._slots
         return SymmetricMemory(self._communicator, regions=[region], heap_bytes=0)
-
-    def _set_streams_free(self) -> None:
-        """Let no stream wait for a peer any more: set this rank's words to what they wait for."""
-        streams = {*self._send_streams.values(), *self._recv_streams.values(), self._own_stream}
-        # Of another priority, and so in a hardware queue where it does not stand behind a wait itself.
-        freeing = torch.cuda.Stream(self._device, priority=-1).cuda_stream
-        give_up_at = time.monotonic() + _FREEING_S
-        with contextlib.suppress(TransportError):
-            # Again and again, since a peer that writes meanwhile sets a word back.
-            while not all(stream.query() for stream in streams) and time.monotonic() < give_up_at:
-                for peer, lane in self._lanes.items():
-                    self._signals.write(freeing, lane.arrival_address, self._ledger.num_received[peer])
-                    self._signals.write(freeing, lane.credit_address, self._ledger.num_sent[peer])
-                time.sleep(1e-3)
 
 
 def open_device_backend(ledger: Ledger, communicator: Communicator, *, may_use_network: bool) -> DeviceBackend:

@@ -15,6 +15,9 @@ typedef struct {
 #define ENTRY(field, symbol) {symbol, offsetof(CudaDriver, field), false}
 
 static const Entry kEntries[] = {
+    ENTRY(CtxCreate, "cuCtxCreate_v2"),
+    ENTRY(CtxDestroy, "cuCtxDestroy_v2"),
+    ENTRY(CtxPopCurrent, "cuCtxPopCurrent_v2"),
     ENTRY(CtxGetCurrent, "cuCtxGetCurrent"),
     ENTRY(CtxSetCurrent, "cuCtxSetCurrent"),
     ENTRY(CtxGetDevice, "cuCtxGetDevice"),

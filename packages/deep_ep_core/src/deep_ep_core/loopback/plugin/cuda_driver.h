@@ -46,6 +46,9 @@ enum {
 
 // The driver's functions, without their prefix `cu`.
 typedef struct {
+  CudaResult (*CtxCreate)(CudaContext* context, unsigned flags, int device);
+  CudaResult (*CtxDestroy)(CudaContext context);
+  CudaResult (*CtxPopCurrent)(CudaContext* context);
   CudaResult (*CtxGetCurrent)(CudaContext* context);
   CudaResult (*CtxSetCurrent)(CudaContext context);
   CudaResult (*CtxGetDevice)(int* device);

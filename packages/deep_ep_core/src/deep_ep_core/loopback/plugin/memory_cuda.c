@@ -1,8 +1,8 @@
 // Memory of GPUs: a peer's is mapped here through the POSIX descriptor that its allocation exports, and copies run on
 // a stream of this layer. Kernels of the ranks may fill the GPU meanwhile, and wait for these very copies. So nothing
-// here may need what a running kernel holds: copies are asked of the copy engines, every function that the driver might
-// load late is used once before (loading may wait for all kernels of a context), and words are added to by a kernel of
-// one warp on a stream of the highest priority.
+// here may need what a running kernel holds: all runs in a context of its own, since the application's is held up while
+// a thread frees memory or loads a kernel there; copies are asked of the copy engines; and words are added to by a
+// kernel of one warp on a stream of the highest priority.
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +22,7 @@ enum { kPiecesPerCall = 64, kNumEvents = 64 };
 typedef struct {
   MemoryLayer layer;
   const CudaDriver* cuda;
+  CudaContext application;
   CudaContext context;
   int device;
   CudaStream copy_stream;
@@ -65,21 +66,22 @@ static bool is_ok(const CudaLayer* self, CudaResult result, const char* call) {
 
 #define CUDA_OK(self, call, ...) is_ok(self, (self)->cuda->call(__VA_ARGS__), "cu" #call)
 
-// The calling thread's context, to be put back; registration runs on NCCL's threads.
-static CudaContext enter_context(const CudaLayer* self) {
+// Makes a context current; returns the calling thread's, to be put back. Registration runs on NCCL's threads.
+static CudaContext enter(const CudaLayer* self, CudaContext context) {
   CudaContext previous = NULL;
   (void)self->cuda->CtxGetCurrent(&previous);
-  if (previous != self->context) (void)self->cuda->CtxSetCurrent(self->context);
+  if (previous != context) (void)self->cuda->CtxSetCurrent(context);
   return previous;
 }
 
-static void leave_context(const CudaLayer* self, CudaContext previous) {
-  if (previous != self->context) (void)self->cuda->CtxSetCurrent(previous);
-}
+static CudaContext enter_context(const CudaLayer* self) { return enter(self, self->context); }
+
+static void leave_context(const CudaLayer* self, CudaContext previous) { (void)self->cuda->CtxSetCurrent(previous); }
 
 static void cuda_share(MemoryLayer* layer, void* address, size_t bytes, MemoryShare* share) {
   CudaLayer* self = (CudaLayer*)layer;
-  CudaContext previous = enter_context(self);
+  // Where the memory was allocated.
+  CudaContext previous = enter(self, self->application);
   *share = (MemoryShare){.fd = -1};
   CudaHandle handle;
   // NCCL's signals have no handle that exports, and host memory mapped to the GPU has none at all. Their owner alone
@@ -258,6 +260,10 @@ static bool cuda_add(MemoryLayer* layer, const WordAdd* adds, int num_adds) {
 
 static void cuda_close(MemoryLayer* layer) {
   CudaLayer* self = (CudaLayer*)layer;
+  if (self->context == NULL) {
+    free(self);
+    return;
+  }
   CudaContext previous = enter_context(self);
   for (int i = 0; i < kNumEvents; i++) {
     if (self->events[i] != NULL) (void)self->cuda->EventDestroy(self->events[i]);
@@ -266,12 +272,18 @@ static void cuda_close(MemoryLayer* layer) {
   if (self->add_stream != NULL) (void)self->cuda->StreamDestroy(self->add_stream);
   if (self->module != NULL) (void)self->cuda->ModuleUnload(self->module);
   leave_context(self, previous);
+  (void)CUDA_OK(self, CtxDestroy, self->context);
   free(self);
+}
+
+// Makes the context of this layer, on the device of the caller's, and makes it current.
+static bool create_context(CudaLayer* self) {
+  return CUDA_OK(self, CtxGetDevice, &self->device) && CUDA_OK(self, CtxCreate, &self->context, 0, self->device);
 }
 
 static bool create(CudaLayer* self) {
   int least = 0, greatest = 0;
-  if (!CUDA_OK(self, CtxGetDevice, &self->device) || !CUDA_OK(self, CtxGetStreamPriorityRange, &least, &greatest) ||
+  if (!CUDA_OK(self, CtxGetStreamPriorityRange, &least, &greatest) ||
       !CUDA_OK(self, StreamCreateWithPriority, &self->copy_stream, kCudaStreamNonBlocking, greatest) ||
       !CUDA_OK(self, StreamCreateWithPriority, &self->add_stream, kCudaStreamNonBlocking, greatest) ||
       !CUDA_OK(self, ModuleLoadData, &self->module, kAddPtx) ||
@@ -309,8 +321,8 @@ static bool warm_up(CudaLayer* self) {
 
 MemoryLayer* memory_cuda_open(void) {
   const CudaDriver* cuda = cuda_driver();
-  CudaContext context = NULL;
-  if (cuda == NULL || cuda->CtxGetCurrent(&context) != kCudaSuccess || context == NULL) return NULL;
+  CudaContext application = NULL;
+  if (cuda == NULL || cuda->CtxGetCurrent(&application) != kCudaSuccess || application == NULL) return NULL;
   CudaLayer* self = calloc(1, sizeof *self);
   if (self == NULL) return NULL;
   *self = (CudaLayer){
@@ -327,9 +339,15 @@ MemoryLayer* memory_cuda_open(void) {
                 .has_reached = cuda_has_reached,
                 .add = cuda_add},
       .cuda = cuda,
-      .context = context,
+      .application = application,
   };
-  if (create(self) && warm_up(self)) {
+  bool is_ready = false;
+  if (create_context(self)) {
+    CudaContext popped = NULL;
+    is_ready = create(self) && warm_up(self);
+    is_ready = CUDA_OK(self, CtxPopCurrent, &popped) && is_ready;
+  }
+  if (is_ready) {
     LOOPBACK_INFO("copies are asked of %s", self->has_batches ? "the copy engines" : "the driver's choice");
     return &self->layer;
   }
