@@ -40,6 +40,9 @@ class AnyShape:
     def mode(self, request):
         return request.param
 
+    def test_auto_takes_the_device_backend(self, ranks):
+        ranks.run(ep_nodes.check_the_choice)
+
     # Against the reference
 
     def test_modes_match_the_reference(self, ranks, mode):
@@ -138,27 +141,29 @@ class AnyShape:
 
     # What only a network of its own shows
 
-    def run_program(self, mode: str, *checks: str, **environ: str) -> str:
-        """`ep_nodes` in fresh ranks with these variables; returns what it printed."""
+    def run_program(self, *checks: str, **environ: str) -> None:
+        """`ep_nodes` in fresh ranks with these variables, in both modes."""
         command = [sys.executable, "-m", "deep_ep_core.launch", "--device", "cuda", "--timeout", "120"]
         command += ["--ranks", str(self.num_ranks), "--nodes", str(self.num_nodes), str(PROGRAM), "--memory", "auto"]
-        command += [*(["--direct"] if mode == "direct" else []), *checks]
         done = subprocess.run(
-            command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=180, check=False
+            [*command, *checks], env={**os.environ, **environ}, capture_output=True, text=True, timeout=180, check=False
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
+        for check in checks:
+            for mode in ep_nodes.MODES:
+                assert f"right: {mode} {check}" in done.stdout
 
-    def test_one_row_crosses_the_network_for_a_token_and_a_node(self, mode, tmp_path):
+    def test_one_row_crosses_the_network_for_a_token_and_a_node(self, tmp_path):
         """Or for a token and a rank, in direct mode: what the network counted is what the formula says."""
-        printed = self.run_program(mode, "check_traffic", EP_LOOPBACK_COUNTERS=str(tmp_path))
-        assert "check_traffic" in printed
+        self.run_program("check_traffic", EP_LOOPBACK_COUNTERS=str(tmp_path))
 
-    @pytest.mark.parametrize("fault", ["EP_LOOPBACK_REORDER=1", "EP_LOOPBACK_DELAY_US=500"])
-    def test_messages_may_overtake_each_other_and_be_late(self, mode, fault):
-        name, _, value = fault.partition("=")
-        printed = self.run_program(mode, "check_interleaved", "check_random_calls", **{name: value})
-        assert "check_random_calls" in printed
+    @pytest.mark.parametrize(
+        "faults",
+        [{"EP_LOOPBACK_DELAY_US": "500"}, {"EP_LOOPBACK_REORDER": "1", "EP_LOOPBACK_DELAY_US": "200"}],
+        ids=["late", "in any order"],
+    )
+    def test_messages_may_be_late_and_overtake_each_other(self, faults):
+        self.run_program("check_interleaved", "check_200_random_calls", **faults)
 
 
 class TestTwoNodesOfTwo(AnyShape):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from ep_cases import SETTING
 
 from deep_ep_ep import ElasticBuffer
@@ -21,9 +22,16 @@ NETWORK_OPTIONS: dict[str, object] = {}
 
 @contextlib.contextmanager
 def on_device(recv_memory: str, **options: object) -> Iterator[None]:
-    """Let cases run on this rank's GPU and buffers use the device backend."""
+    """Let cases run on this rank's GPU and buffers use the device backend.
+
+    Args:
+        recv_memory: Where received rows live.
+        **options: Of every buffer. `num_bytes` is for one node; by way of rails a buffer must hold rows of each node.
+    """
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     before = SETTING.device, SETTING.options
+    if SETTING.ranks_per_node and isinstance(num_bytes := options.get("num_bytes"), int):
+        options["num_bytes"] = num_bytes * (dist.get_world_size() // SETTING.ranks_per_node)
     SETTING.device = "cuda"
     SETTING.options = {
         "backend": "device",

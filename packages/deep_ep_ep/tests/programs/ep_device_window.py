@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-from ep_cases import Case, Expected, assert_values_equal, make_buffer, padded, to_device, with_ranks
+from ep_cases import SETTING, Case, Expected, assert_values_equal, make_buffer, padded, to_device, with_ranks
 from ep_device_setting import context_of, is_in_window, on_device
 from ep_device_shapes import make_large_buffer
 from ep_rows import Problem, check_arrival, check_combined, make_problem
@@ -36,6 +36,7 @@ def check_combine_in_place(recv_memory: str) -> int:
                     num_experts=case.num_experts,
                     is_expanded=do_expand,
                     allow_multiple_reduction=allow_multiple_reduction,
+                    ranks_per_node=SETTING.ranks_per_node,
                 )
                 for do_cpu_sync in (True, False):
                     recv_x, _, _, handle, _ = buffer.dispatch(

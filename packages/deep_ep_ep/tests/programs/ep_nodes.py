@@ -1,9 +1,9 @@
 """The checks of the device backend where ranks are on several nodes: make-believe ones, over the loopback network.
 
-usage: python -m deep_ep_core.launch --device cuda --ranks 4 --nodes 2 ep_nodes.py [--direct] [--memory M] [check ...]
+usage: python -m deep_ep_core.launch --device cuda --ranks 4 --nodes 2 ep_nodes.py [--mode M] [--memory M] [check ...]
 
-The checks are those of `ep_device`, which say nothing of nodes. Without names all of them run, and those of here; with
-`check_traffic` set `EP_LOOPBACK_COUNTERS`.
+The checks are those of `ep_device`, which say nothing of nodes. Without names all of them run, and those of here, in
+both modes; with `check_traffic` set `EP_LOOPBACK_COUNTERS`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ep_device
+import ep_device_random
 import ep_device_setting
 import ep_modes
 import torch
@@ -49,11 +50,7 @@ def in_mode(mode: str) -> Iterator[None]:
 
 
 def wait_for_network(buffer: ElasticBuffer) -> None:
-    """Wait for the device, and raise what its kernels reported: what a wait that expired left behind is no result.
-
-    The loopback network calls the driver in this process, so this thread should not be inside of a call of its own,
-    such as a copy to pageable memory, while kernels wait for the network.
-    """
+    """Wait for the device, and raise what its kernels reported: what a wait that expired left behind is no result."""
     torch.cuda.synchronize()
     context_of(buffer).check()
 
@@ -77,6 +74,20 @@ def check_topologies(recv_memory: str = "auto") -> None:
 
 def _align(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
+
+
+def check_the_choice(recv_memory: str = "auto") -> None:
+    """Where nothing else is said, the network is used."""
+    with on_device(recv_memory, num_bytes=2 << 20, backend="auto"):
+        buffer = make_large_buffer(8, 64)
+        assert buffer.runtime is not None
+        assert buffer.runtime.name == "device"
+        buffer.close()
+
+
+def check_200_random_calls(recv_memory: str = "auto") -> None:
+    """As many as a network with faults is given."""
+    assert ep_device_random.check_random_calls(recv_memory, 200) == 200
 
 
 def _num_sent(problem: Problem, source: int, ranks: range) -> int:
@@ -158,20 +169,27 @@ def check_traffic(recv_memory: str = "auto", mode: str = "hybrid") -> None:
         buffer.close()
 
 
+def _checks(mode: str) -> list[tuple[str, str, Callable[[], object]]]:
+    own: list[Callable[[], object]] = [check_topologies, check_the_choice, check_200_random_calls]
+    checks = [*ep_device.all_checks(), *((check.__name__, "auto", check) for check in own)]
+    if "EP_LOOPBACK_COUNTERS" in os.environ:
+        checks.append(("check_traffic", "auto", lambda: check_traffic("auto", mode)))
+    return checks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", metavar="check", help="which checks to run (default: all)")
     parser.add_argument("--memory", choices=ep_device_setting.RECV_MEMORIES, help="run them in this recv_memory only")
-    parser.add_argument("--direct", action="store_true", help="without the hierarchy of nodes")
+    parser.add_argument("--mode", choices=MODES, help="with or without the hierarchy of nodes only")
     parsed = parser.parse_args()
-    mode = "direct" if parsed.direct else "hybrid"
-    checks = [*ep_device.all_checks(), ("check_topologies", "auto", check_topologies)]
-    if "EP_LOOPBACK_COUNTERS" in os.environ:
-        checks.append(("check_traffic", "auto", lambda: check_traffic("auto", mode)))
     chosen = [
-        ep_device.timed(name, memory, lambda check=check: run_in_mode(mode, check))
-        for name, memory, check in checks
-        if (not parsed.names or name in parsed.names) and parsed.memory in (None, memory)
+        ep_device.timed(f"{mode} {name}", memory, lambda mode=mode, check=check: run_in_mode(mode, check))
+        for mode in MODES
+        for name, memory, check in _checks(mode)
+        if (not parsed.names or name in parsed.names)
+        and parsed.memory in (None, memory)
+        and parsed.mode in (None, mode)
     ]
     if not chosen:
         parser.error("no such check")
