@@ -193,7 +193,10 @@ def come_late(late_rank: int, timeout_s: float, delay_s: float) -> str:
 
     It asks the others, who do not answer, and so breaks the connections of the group, which is one of its own.
     """
-    rank, buffer = dist.get_rank(), make_buffer(dist.new_group(), num_cpu_timeout_secs=timeout_s)
+    rank, group = dist.get_rank(), dist.new_group()
+    # NCCL's communicator, of which a group has one, takes its time.
+    make_buffer(group).close()
+    buffer = make_buffer(group, num_cpu_timeout_secs=timeout_s)
     # Kernels are loaded here: a load behind a stream that waits would wait with it.
     with buffer.agrs_new_session():
         buffer.all_gather(ones(1))[1]()

@@ -138,7 +138,9 @@ def check_random_calls(recv_memory: str, num_rounds: int = 1000, time_limit_s: f
     num_done = 0
     # "window" must hold all that lives; in "auto" the heap shall be too small at times.
     with on_device(recv_memory, num_bytes=(192 << 20) if recv_memory == "window" else (24 << 20)):
-        buffers = [make_large_buffer(130, 256, allow_multiple_reduction=flag) for flag in (True, False)]
+        buffers = [
+            make_large_buffer(130, 256, largest=(12, 16392, 4), allow_multiple_reduction=flag) for flag in (True, False)
+        ]
         for round_idx in range(num_rounds):
             if round_idx % _ROUNDS_BETWEEN_CLOCKS == 0:
                 is_over = torch.tensor([int(time.monotonic() - begin > time_limit_s)])

@@ -15,9 +15,34 @@ from deep_ep_ep import ElasticBuffer
 from deep_ep_ep.device.context import MAX_NUM_EXPERTS
 
 
-def make_large_buffer(num_max_tokens: int, hidden: int, **options: object) -> ElasticBuffer:
+def make_large_buffer(
+    num_max_tokens: int,
+    hidden: int,
+    *,
+    largest: tuple[int, int, int] | None = None,
+    allow_multiple_reduction: bool = True,
+    **options: object,
+) -> ElasticBuffer:
+    """A buffer of the setting.
+
+    Args:
+        num_max_tokens: Default of its calls.
+        hidden: For its size.
+        largest: Tokens, elements of a row and entries of the call that needs most by way of rails, where the size of
+            the setting may not do; None for these tokens and elements with 4 entries.
+        allow_multiple_reduction: Of the buffer.
+        **options: Of the buffer.
+    """
     arguments = {"num_max_tokens_per_rank": num_max_tokens, "hidden": hidden, "num_cpu_timeout_secs": 60}
-    return ElasticBuffer(dist.group.WORLD, **{**arguments, **SETTING.options, **options})  # type: ignore[arg-type]
+    arguments = {**arguments, **SETTING.options, **options, "allow_multiple_reduction": allow_multiple_reduction}
+    if SETTING.ranks_per_node:
+        needed_bytes = ElasticBuffer.get_buffer_size_hint(
+            dist.group.WORLD,
+            *(largest or (num_max_tokens, hidden, 4)),
+            allow_multiple_reduction=allow_multiple_reduction,
+        )
+        arguments["num_bytes"] = max(arguments["num_bytes"], needed_bytes)
+    return ElasticBuffer(dist.group.WORLD, **arguments)  # type: ignore[arg-type]
 
 
 def check_both_ways(buffer: ElasticBuffer, problem: Problem, *, num_sms: int = 0, do_cpu_sync: bool = True) -> None:
@@ -86,7 +111,7 @@ def check_wide_shapes(recv_memory: str) -> int:
     num_ranks = dist.get_world_size()
     num_tokens = [(33, 40, 1, 0, 17, 40, 5, 39)[rank % 8] for rank in range(num_ranks)]
     with on_device(recv_memory, num_bytes=96 << 20):
-        buffers = [make_large_buffer(40, 20480, allow_multiple_reduction=flag) for flag in (True, False)]
+        problems = []
         for seed, (num_local, least, num_topk, hidden, dtype, num_packs, alignment, idx_dtype) in enumerate(_WIDE):
             num_experts = max(num_local * num_ranks, -(-least // num_ranks) * num_ranks)
             problem = make_problem(
@@ -101,10 +126,12 @@ def check_wide_shapes(recv_memory: str) -> int:
                 expert_alignment=alignment,
                 idx_dtype=idx_dtype,
             )
-            for buffer in buffers:
-                check_both_ways(buffer, problem, num_sms=3)
-        for buffer in buffers:
-            buffer.close()
+            problems.append(problem)
+        # One after the other: they are large where there are many nodes.
+        for flag in (True, False):
+            with make_large_buffer(40, 20480, allow_multiple_reduction=flag) as buffer:
+                for problem in problems:
+                    check_both_ways(buffer, problem, num_sms=3)
     return len(_WIDE)
 
 

@@ -92,14 +92,16 @@ def close_before_anybody_receives(timeout_s: float) -> dict[str, object] | None:
 def leave_a_block_by_an_error(timeout_s: float) -> float:
     """What went wrong is seen at once, though nobody receives. Returns after how long."""
     buffer = failing_buffer(timeout_s)
+    # Made before a stream waits: a copy from the host would wait with it, and the host for the copy.
+    first, second, received = number(0), number(0), number(0)
     started = time.monotonic()
     if dist.get_rank() == 0:
         with contextlib.suppress(KeyError), buffer:
-            buffer.pp_send(number(0), 1)
+            buffer.pp_send(first, 1)
             if is_on_device():
                 # These wait in the stream, where they must not be waited for.
-                buffer.pp_send(number(0), 1)
-                buffer.pp_recv(number(0), 1)
+                buffer.pp_send(second, 1)
+                buffer.pp_recv(received, 1)
             raise KeyError
         assert buffer.runtime is None
     elapsed_s = time.monotonic() - started

@@ -1,14 +1,14 @@
 // Memory of GPUs: a peer's is mapped here through the POSIX descriptor that its allocation exports, and copies run on
 // a stream of this layer. Kernels of the ranks may fill the GPU meanwhile, and wait for these very copies. So nothing
-// here may need what a running kernel holds: all runs in a context of its own, since the application's is held up while
-// a thread frees memory or loads a kernel there; copies are asked of the copy engines; and words are added to by a
-// kernel of one warp on a stream of the highest priority.
+// here may need what a running kernel holds: all runs in a context of the plugin's own, copies are asked of the copy
+// engines, and words are added to by a kernel of one warp on a stream of the highest priority.
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "cuda_context.h"
 #include "cuda_driver.h"
 #include "log.h"
 #include "memory.h"
@@ -272,13 +272,14 @@ static void cuda_close(MemoryLayer* layer) {
   if (self->add_stream != NULL) (void)self->cuda->StreamDestroy(self->add_stream);
   if (self->module != NULL) (void)self->cuda->ModuleUnload(self->module);
   leave_context(self, previous);
-  (void)CUDA_OK(self, CtxDestroy, self->context);
+  (void)is_ok(self, cuda_context_release(self->cuda, self->device), "giving a context back");
   free(self);
 }
 
-// Makes the context of this layer, on the device of the caller's, and makes it current.
-static bool create_context(CudaLayer* self) {
-  return CUDA_OK(self, CtxGetDevice, &self->device) && CUDA_OK(self, CtxCreate, &self->context, 0, self->device);
+// Takes the context for the device of the caller's.
+static bool acquire_context(CudaLayer* self) {
+  return CUDA_OK(self, CtxGetDevice, &self->device) &&
+         is_ok(self, cuda_context_acquire(self->cuda, self->device, &self->context), "making a context");
 }
 
 static bool create(CudaLayer* self) {
@@ -342,10 +343,10 @@ MemoryLayer* memory_cuda_open(void) {
       .application = application,
   };
   bool is_ready = false;
-  if (create_context(self)) {
-    CudaContext popped = NULL;
+  if (acquire_context(self)) {
+    (void)enter_context(self);
     is_ready = create(self) && warm_up(self);
-    is_ready = CUDA_OK(self, CtxPopCurrent, &popped) && is_ready;
+    leave_context(self, application);
   }
   if (is_ready) {
     LOOPBACK_INFO("copies are asked of %s", self->has_batches ? "the copy engines" : "the driver's choice");
