@@ -40,7 +40,7 @@ class AnyShape:
     def mode(self, request):
         return request.param
 
-    def test_auto_takes_the_device_backend(self, ranks):
+    def test_auto_takes_the_collective_backend(self, ranks):
         ranks.run(ep_nodes.check_the_choice)
 
     # Against the reference

@@ -18,7 +18,7 @@ from deep_ep_core.align import align_up
 from deep_ep_core.backend_choice import DeviceOpener
 from deep_ep_core.domains import detect_topology
 from deep_ep_core.env import get_env
-from deep_ep_core.errors import ConfigError, RankMismatchError
+from deep_ep_core.errors import ConfigError, RankMismatchError, TopologyError
 from deep_ep_core.links import nvlink_gbs as detect_nvlink_gbs
 from deep_ep_core.links import rdma_gbs as detect_rdma_gbs
 from deep_ep_core.refusals import rejected
@@ -122,6 +122,7 @@ def _open_device(
     gpu_timeout_s: float,
     allow_hybrid_mode: bool,
     traffic_class: int,
+    is_asked_for: bool,
 ) -> Backend:
     # Imported only where there is a GPU to use it on.
     from deep_ep_ep.device.backend import new_backend, open_context
@@ -131,6 +132,12 @@ def _open_device(
             transport, communicator, num_bytes=num_bytes, recv_memory=recv_memory, gpu_timeout_s=gpu_timeout_s
         )
         return new_backend(context, collective, facts)
+    if not is_asked_for:
+        raise TopologyError(
+            'backend="auto" takes the device backend inside one LSA team only (got teams of '
+            f"{communicator.lsa.num_ranks} of {communicator.num_ranks} ranks, on rank {facts.rank}): across nodes it "
+            'has passed its tests with 4 ranks alone; pass backend="device" to use it all the same'
+        )
     from deep_ep_ep.device.network.backend import NetworkBackend, open_network_context
     from deep_ep_ep.device.network.context import NetworkOptions
 
@@ -308,6 +315,7 @@ class ElasticBuffer:
                 gpu_timeout_s=float(num_gpu_timeout_secs),
                 allow_hybrid_mode=self.allow_hybrid_mode,
                 traffic_class=sl_idx,
+                is_asked_for=backend == "device",
             )
         )
         if device_backend is not None:

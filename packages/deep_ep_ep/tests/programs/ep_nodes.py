@@ -77,11 +77,11 @@ def _align(value: int, alignment: int) -> int:
 
 
 def check_the_choice(recv_memory: str = "auto") -> None:
-    """Where nothing else is said, the network is used."""
+    """Where nothing else is said, the network is not used."""
     with on_device(recv_memory, num_bytes=2 << 20, backend="auto"):
         buffer = make_large_buffer(8, 64)
         assert buffer.runtime is not None
-        assert buffer.runtime.name == "device"
+        assert buffer.runtime.name == "collective"
         buffer.close()
 
 
