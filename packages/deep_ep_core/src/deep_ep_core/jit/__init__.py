@@ -10,7 +10,7 @@ from deep_ep_core.jit.compiler import CompileJob, CompileOutput, Compiler, arch_
 from deep_ep_core.jit.driver import device_arch
 from deep_ep_core.jit.launch import LaunchShape, PreparedLaunch, launch_once
 from deep_ep_core.jit.mirror import mirror_source
-from deep_ep_core.jit.module import Kernel, get_kernel
+from deep_ep_core.jit.module import Kernel, get_kernel, get_kernels
 from deep_ep_core.jit.options import JitOptions
 from deep_ep_core.jit.precompile import PrecompileReport, find_ninja, precompile_specs
 from deep_ep_core.jit.resources import ResourceUsage
@@ -55,6 +55,7 @@ __all__ = [
     "device_arch",
     "find_ninja",
     "get_kernel",
+    "get_kernels",
     "launch_once",
     "mirror_source",
     "opaque",

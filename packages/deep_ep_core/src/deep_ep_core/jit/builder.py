@@ -5,15 +5,17 @@ It loads nothing onto a GPU, and needs none.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +116,29 @@ class Builder:
             if key not in self._memo:
                 self._memo[key] = self.build_plan(self.plan(spec, arch))
             return self._memo[key]
+
+    def build_all(self, specs: Iterable[KernelSpec], arch: str) -> list[CompiledKernel]:
+        """Build kernels at the same time, as many as the machine has CPUs.
+
+        Args:
+            specs: The kernels.
+            arch: As for `build`.
+
+        Returns:
+            One for each spec.
+
+        Raises:
+            CompileError: As for `build`, of the first one that fails; the others are built nevertheless.
+
+        Collective: no; of processes that ask for the same kernels at once, each kernel is compiled by one.
+        """
+        wanted = list(specs)
+        if not wanted:
+            return []
+        num_threads = min(len(wanted), os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="deep_ep_jit") as pool:
+            futures = [pool.submit(self.build, spec, arch) for spec in wanted]
+        return [future.result() for future in futures]
 
     def plan(self, spec: KernelSpec, arch: str) -> BuildPlan:
         """Decide how a kernel is built, and under which name; reads headers, runs no compilation.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from deep_ep_core.errors import ConfigError
@@ -16,7 +16,7 @@ from deep_ep_core.jit.builder import Builder, CompiledKernel, default_builder
 from deep_ep_core.jit.driver import device_arch, driver_call, load_driver
 from deep_ep_core.jit.spec import KernelSpec
 
-__all__ = ["Kernel", "get_kernel"]
+__all__ = ["Kernel", "get_kernel", "get_kernels"]
 
 # A kernel may use that much dynamic shared memory without asking; CUDA C++ Programming Guide, compute capabilities.
 _FREE_SMEM_BYTES = 48 * 1024
@@ -128,3 +128,23 @@ def get_kernel(spec: KernelSpec, device_idx: int, *, builder: Builder | None = N
             if found is None:
                 found = _kernels[spec, device_idx] = Kernel(spec, compiled, device_idx)
     return found
+
+
+def get_kernels(specs: Iterable[KernelSpec], device_idx: int, *, builder: Builder | None = None) -> list[Kernel]:
+    """The kernels of several specs, as `get_kernel` gives them; those that are not there yet are compiled side by side.
+
+    Args:
+        specs: The kernels.
+        device_idx: The device, as torch numbers it.
+        builder: As for `get_kernel`.
+
+    Raises:
+        CompileError, ConfigError, TransportError: As `get_kernel`.
+
+    Collective: no; as `get_kernel`.
+    """
+    wanted = list(specs)
+    missing = [spec for spec in dict.fromkeys(wanted) if (spec, device_idx) not in _kernels]
+    if missing:
+        (builder or default_builder()).build_all(missing, device_arch(device_idx))
+    return [get_kernel(spec, device_idx, builder=builder) for spec in wanted]

@@ -12,7 +12,7 @@ import torch
 from deep_ep_core.align import align_up
 from deep_ep_core.errors import TransportError
 from deep_ep_core.heap import Heap
-from deep_ep_core.jit import LaunchShape, ParamsStruct, PreparedLaunch, get_kernel
+from deep_ep_core.jit import LaunchShape, ParamsStruct, PreparedLaunch, get_kernels
 from deep_ep_core.jit.driver import driver_call, load_driver
 from deep_ep_core.nccl import Communicator, DeviceComm, DeviceCommConfig, GinConfig, GinConnection
 from deep_ep_core.nccl.properties import GinType
@@ -111,8 +111,9 @@ class Network:
         self.num_contexts = self._device_comm.num_gin_contexts or 1
         num_bytes, device_idx = self._device_comm.num_bytes, self._device.index or 0
         self._get_params, self._wait_params = get_params_type(num_bytes), wait_params_type(num_bytes)
-        self._get_kernel = get_kernel(get_rows_spec(num_bytes), device_idx)
-        self._wait_kernel = get_kernel(wait_rows_spec(num_bytes), device_idx)
+        self._get_kernel, self._wait_kernel = get_kernels(
+            (get_rows_spec(num_bytes), wait_rows_spec(num_bytes)), device_idx
+        )
         self._launches: dict[tuple[bool, int], PreparedLaunch] = {}
         self._log = TimeoutLog(rank=communicator.rank, device=self._device)
         self._wait = self._log.params(first_phase=self._log.add_phases([_WAIT_PHASE]), timeout_s=timeout_s)

@@ -8,7 +8,7 @@ import torch
 
 from deep_ep_core.backend_choice import count_gpu_ranks, open_together
 from deep_ep_core.cuda_streams import RecordedEvent
-from deep_ep_core.jit import get_kernel
+from deep_ep_core.jit import get_kernels
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, comm_stream
@@ -224,7 +224,5 @@ def open_context(
 
 def _load_kernels(context: DeviceContext) -> None:
     """Compile what the usual calls launch, or take it from the cache: no rank shall wait for one that compiles."""
-    for config in all_dispatch_configs():
-        if config.is_idx64:
-            get_kernel(dispatch_spec(config), context.device_idx)
-    get_kernel(combine_spec(dtype=torch.bfloat16, idx_dtype=torch.int64), context.device_idx)
+    specs = [dispatch_spec(config) for config in all_dispatch_configs() if config.is_idx64]
+    get_kernels([*specs, combine_spec(dtype=torch.bfloat16, idx_dtype=torch.int64)], context.device_idx)

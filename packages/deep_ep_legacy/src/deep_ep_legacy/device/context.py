@@ -14,7 +14,7 @@ import torch
 from deep_ep_core.backend_choice import count_gpu_ranks, open_together
 from deep_ep_core.cuda_streams import RecordedEvent
 from deep_ep_core.errors import DeepEPError, TopologyError
-from deep_ep_core.jit import KernelSpec, LaunchShape, PreparedLaunch, get_kernel
+from deep_ep_core.jit import KernelSpec, LaunchShape, PreparedLaunch, get_kernel, get_kernels
 from deep_ep_core.lsa_team import LsaTeam, make_lsa_team
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.stream_order import CudaStreamOrder
@@ -105,8 +105,7 @@ class DeviceContext:
         self._launches: dict[object, PreparedLaunch] = {}
         self._order = CudaStreamOrder(self.device)
         self._last_stream: torch.cuda.Stream | None = None
-        for spec in {spec for family in needs for spec in family.kernels}:
-            get_kernel(spec, self.device_idx)
+        get_kernels((spec for family in needs for spec in family.kernels), self.device_idx)
 
     def wait_params(
         self, phases: Sequence[str], explain: Explain | None = None, *, timeout_s: float | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 from deep_ep_core.errors import TransportError
-from deep_ep_core.jit import KernelSpec, LaunchShape, PreparedLaunch, get_kernel, package_include_dir
+from deep_ep_core.jit import KernelSpec, LaunchShape, PreparedLaunch, get_kernels, package_include_dir
 from deep_ep_core.jit.structs import Int32, ParamsStruct, Pointer, UInt64, opaque
 from deep_ep_core.nccl import Communicator, DeviceComm, DeviceCommConfig, GinConfig, GinConnection
 from deep_ep_core.nccl.properties import GinType
@@ -107,9 +107,10 @@ class GinNetwork:
                     f'{communicator.where}); unset it, or use backend="collective"'
                 )
             self._params_type = _put_and_signal_params(num_bytes)
-            self._put = PreparedLaunch(get_kernel(put_and_signal_spec(num_bytes), device_idx), _ONE_THREAD)
+            put, drain = get_kernels((put_and_signal_spec(num_bytes), drain_spec(num_bytes)), device_idx)
+            self._put = PreparedLaunch(put, _ONE_THREAD)
             self._drain_params = _drain_params(num_bytes)(dev_comm=self._device_comm.data, timeout_cycles=_DRAIN_CYCLES)
-            self._drain = PreparedLaunch(get_kernel(drain_spec(num_bytes), device_idx), _ONE_THREAD)
+            self._drain = PreparedLaunch(drain, _ONE_THREAD)
         except BaseException:
             self.close()
             raise

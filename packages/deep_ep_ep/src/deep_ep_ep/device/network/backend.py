@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from deep_ep_core.backend_choice import count_gpu_ranks, open_together
-from deep_ep_core.jit import get_kernel
+from deep_ep_core.jit import get_kernels
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.transport import CollectiveTransport
 from deep_ep_ep.checks import BufferFacts
@@ -82,11 +82,11 @@ def open_network_context(
         )
         # No rank shall wait for one that compiles.
         num_bytes_of_comm = context.dev_comm_bytes
-        for spec in (
+        specs = (
             *all_dispatch_specs(num_bytes_of_comm, is_idx64=True),
             *all_combine_specs(num_bytes_of_comm, dtype=torch.bfloat16, idx_dtype=torch.int64),
-        ):
-            get_kernel(spec, context.device_idx)
+        )
+        get_kernels(specs, context.device_idx)
         return context
 
     return open_together(transport, make)

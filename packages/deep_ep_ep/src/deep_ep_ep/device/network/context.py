@@ -14,6 +14,7 @@ import torch
 
 from deep_ep_core.align import align_up
 from deep_ep_core.errors import ConfigError
+from deep_ep_core.jit import get_kernels
 from deep_ep_core.jit.structs import ParamsStruct
 from deep_ep_core.lsa_team import LsaTeam, make_lsa_team
 from deep_ep_core.nccl import Communicator, DeviceComm, DeviceCommConfig, GinConfig, GinConnection
@@ -161,6 +162,8 @@ class NetworkContext(OperationContext):
             num_contexts=self.num_contexts,
             is_hybrid=options.is_hybrid,
         )
+        # At once, since a compiler takes seconds for what reaches NCCL's headers.
+        get_kernels((exchange_spec(self.dev_comm_bytes), drain_spec(self.dev_comm_bytes)), self.device_idx)
         self._exchange = self.launch("exchange", lambda: (exchange_spec(self.dev_comm_bytes), exchange_launch_shape()))
         self._drain = self.launch("drain", lambda: (drain_spec(self.dev_comm_bytes), drain_launch_shape()))
         self.barrier = _NetworkBarrier(self)
