@@ -103,6 +103,9 @@ class AnyShape:
     def test_no_stream_passes_a_barrier_before_a_slow_rank(self, ranks, mode):
         ranks.run(ep_nodes.run_in_mode, mode, ep_device_streams.check_barrier, "auto")
 
+    def test_barriers_keep_out_of_the_way_of_operations(self, ranks, mode):
+        ranks.run(ep_nodes.run_in_mode, mode, ep_device_streams.check_barriers_beside_operations, "auto")
+
     def test_random_calls_are_right_whatever_came_before(self, ranks, mode):
         counts = ranks.run(ep_nodes.run_in_mode, mode, ep_device_random.check_random_calls, "auto", 60, timeout_s=240)
         assert counts == [60] * self.num_ranks
@@ -126,6 +129,10 @@ class AnyShape:
                 assert error["type"] == "ConfigError", (name, error)
                 token = 7 if ", 33, " in name else 1029
                 assert f"for token {token} of rank {self.num_ranks - 1}," in error["text"], (name, error)
+
+    def test_a_buffer_works_on_however_far_hosts_were_ahead_of_a_failure(self, ranks, mode):
+        for told in ranks.run(ep_nodes.run_in_mode, mode, ep_device_failures.fail_with_hosts_ahead, "auto"):
+            assert [error and error["type"] for error in told] == ["ConfigError"] * 4, told
 
     @pytest.mark.parametrize("late_rank", ["first", "last"])
     def test_a_rank_that_does_not_come_is_named_on_every_other(self, ranks, mode, late_rank):

@@ -51,7 +51,7 @@ class Context(NetworkContext):
         self.max_num_sms, self.recv_memory = 8, "auto"
         self.state_address = self.host_counts_address = 8
         self.log = types.SimpleNamespace(has_record=False)  # type: ignore[assignment]
-        self.fields = ()
+        self.fields, self.num_failures = (), 0
         self.launched: list[str] = []
 
     def launch(self, key: object, make: Callable[[], tuple[KernelSpec, LaunchShape]]) -> Callable[[object, int], None]:  # type: ignore[override]
@@ -175,3 +175,38 @@ def test_what_does_not_fit_is_refused_with_its_size() -> None:
     args = dispatch_args(x, topk_idx, 64, num_experts=16, do_expand=False, do_cpu_sync=False)
     with pytest.raises(ConfigError, match=r"rows of a dispatch must fit .* \(got \d+ bytes needed, 12288 there"):
         dispatcher.dispatch(args, Scope())  # type: ignore[arg-type]
+
+
+def test_numbers_of_handles_begin_anew_behind_a_failure() -> None:
+    """Of what was under way then, one rank may have enqueued more than another; all have been told of the failure."""
+    numbers = []
+    for num_lost in (0, 3):
+        context = Context(4, 2, is_hybrid=True, num_bytes=1 << 24)
+        dispatcher = NetworkDispatcher(context, facts_of(context, 64, allow_multiple_reduction=True))
+        x, topk_idx = torch.zeros(37, 256, dtype=torch.bfloat16), torch.zeros(37, 4, dtype=torch.int64)
+
+        def dispatch(
+            dispatcher: NetworkDispatcher = dispatcher, x: torch.Tensor = x, topk_idx: torch.Tensor = topk_idx
+        ) -> int:
+            args = dispatch_args(x, topk_idx, 64, num_experts=16, do_expand=False, do_cpu_sync=False)
+            return dispatcher.dispatch(args, Scope()).handle.dispatch_idx  # type: ignore[arg-type]
+
+        before = [dispatch() for _ in range(1 + num_lost)]
+        context.num_failures += 1
+        numbers.append([before[0], dispatch(), dispatch()])
+    assert numbers[0] == numbers[1]
+    assert len(set(numbers[0])) == 3
+
+
+@pytest.mark.parametrize("is_hybrid", [True, False])
+def test_contexts_of_a_call_are_those_it_names_or_those_of_the_model(is_hybrid: bool) -> None:
+    context = Context(4, 2, is_hybrid=is_hybrid, num_bytes=1 << 24)
+    args = dispatch_args(
+        torch.zeros(1, 256), torch.zeros(1, 4, dtype=torch.int64), 64, num_experts=16, do_expand=False, do_cpu_sync=True
+    )
+    args.num_qps = 3
+    assert context.network(num_qps=context.num_qps_of(args)).num_contexts == 3
+    args.num_qps, args.num_sms = 0, 1
+    assert context.num_qps_of(args) == (4 if is_hybrid else 1)
+    args.num_qps = 9
+    assert context.network(num_qps=context.num_qps_of(args)).num_contexts == 4

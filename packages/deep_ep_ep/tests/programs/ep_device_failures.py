@@ -219,3 +219,38 @@ def check_late_rank_is_waited_for(recv_memory: str, delay_s: float = 1.0) -> Non
             torch.cuda._sleep(int(delay_s * 1e9))
         check_one(buffer, problem)
         buffer.close()
+
+
+def fail_with_hosts_ahead(recv_memory: str) -> list[Told | None]:
+    """Some hosts enqueue another operation behind one that fails, others are told first; behind it the buffer works."""
+    told = []
+    with on_device(recv_memory, num_bytes=8 << 20):
+        rank, problem = dist.get_rank(), _problem()
+        buffer = make_large_buffer(_MAX_TOKENS, _HIDDEN)
+        x, topk_idx, _ = problem.inputs(rank)
+        recv_x, _, _, handle, _ = buffer.dispatch(x, topk_idx=topk_idx, num_experts=problem.num_experts)  # type: ignore[arg-type]
+        wrong_idx = topk_idx.clone()
+        if rank == dist.get_world_size() - 1:
+            wrong_idx[:1] = problem.num_experts
+
+        def fail(is_told_first: bool, again: Callable[[], object]) -> None:
+            buffer.dispatch(x, topk_idx=wrong_idx, num_experts=problem.num_experts, do_cpu_sync=False)  # type: ignore[arg-type]
+            if is_told_first:
+                torch.cuda.synchronize()
+            again()
+            torch.cuda.synchronize()
+            buffer.barrier()
+
+        def combine_again() -> None:
+            buffer.combine(recv_x, handle)  # type: ignore[arg-type]
+
+        def dispatch_again() -> None:
+            buffer.dispatch(x, topk_idx=topk_idx, num_experts=problem.num_experts, do_cpu_sync=False)  # type: ignore[arg-type]
+
+        for parity in (0, 1):
+            for again in (combine_again, dispatch_again):
+                told.append(_told(functools.partial(fail, rank % 2 == parity, again)))
+                dist.barrier()
+                check_one(buffer, problem)
+        buffer.close()
+    return told

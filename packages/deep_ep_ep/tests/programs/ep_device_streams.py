@@ -192,3 +192,26 @@ def check_barrier(recv_memory: str) -> None:
             check_arrival(problem, dist.get_rank(), sent)
         buffer.close()
         other.close()
+
+
+def check_barriers_beside_operations(recv_memory: str) -> None:
+    """A barrier on one stream while a dispatch is under way on another, and the other way round."""
+    with on_device(recv_memory, num_bytes=4 << 20):
+        rank, buffer, other = dist.get_rank(), make_large_buffer(33, 256), torch.cuda.Stream()
+        for seed in range(8):
+            problem = _problem(seed)
+            x, topk_idx, topk_weights = problem.inputs(rank)
+            *sent, event = buffer.dispatch(
+                x,
+                topk_idx=topk_idx,
+                topk_weights=topk_weights,
+                num_experts=problem.num_experts,
+                do_cpu_sync=seed % 2 == 0,
+                async_with_compute_stream=True,
+            )
+            buffer.barrier(use_comm_stream=False)
+            with torch.cuda.stream(other):
+                buffer.barrier(use_comm_stream=False)
+            event.current_stream_wait()
+            check_arrival(problem, rank, sent, do_cpu_sync=seed % 2 == 0)
+        buffer.close()

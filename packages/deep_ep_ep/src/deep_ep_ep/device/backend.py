@@ -58,6 +58,8 @@ class DeviceBackend:
     may_stay = True
     kernel_plan: type[Plan] = DevicePlan
     """The plan of calls that the kernels take."""
+    barrier_is_operation = False
+    """Whether a barrier uses what operations use, and must have its place in their order."""
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class DeviceBackend:
             plan_type = type(args.handle.plan)
         if plan_type is not self.kernel_plan:
             return self._collective.dispatch(args, scope)
-        self._follow(scope)
+        self._follow(scope.comm_stream)
         result = self._dispatcher.dispatch(args, scope)
         self._record(result.recv_x, scope)
         return result
@@ -114,7 +116,7 @@ class DeviceBackend:
                 args.topk_weights.dtype,
                 'cast them, or make the buffer with backend="collective"',
             )
-        self._follow(scope)
+        self._follow(scope.comm_stream)
         return self._combiner.combine(args, scope)
 
     def empty_like_recv(self, handle: EPHandle, hidden: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -137,6 +139,8 @@ class DeviceBackend:
         assert isinstance(stream, torch.cuda.Stream)
         if stream != current:
             stream.wait_stream(current)
+        if self.barrier_is_operation:
+            self._follow(stream)
         context.barrier.enqueue(stream)
         if stream != current:
             current.wait_stream(stream)
@@ -152,12 +156,12 @@ class DeviceBackend:
         """Let go of the window; not collective, may be called more than once."""
         self._context.close()
 
-    def _follow(self, scope: CommScope) -> None:
+    def _follow(self, stream: torch.cuda.Stream | None) -> None:
         """Keep operations in one order: they share the device state, and may come on several streams.
 
         Across the border of a capture no stream can wait for another; torch waits for the device before it begins one.
         """
-        stream, last = scope.comm_stream, self._last_stream
+        last = self._last_stream
         if stream is last and stream is not None:
             return
         assert stream is not None, "tensors are on a CUDA device"

@@ -118,6 +118,7 @@ class OperationContext:
         state_address: The rank's `RankState`.
         host_counts_address: Where kernels tell the host counts, behind a stamp.
         fields: What the operation that runs must agree on, to name what does not.
+        num_failures: Failures that were raised; ranks that can go on after one have all been told of it.
     """
 
     memory: SymmetricMemory
@@ -141,6 +142,7 @@ class OperationContext:
         self.host_counts_address: int = self.host_counts.data_ptr()
         self._host_words = (ctypes.c_int32 * self.host_counts.numel()).from_address(self.host_counts.data_ptr())
         self.fields: tuple[AgreedField, ...] = ()
+        self.num_failures = 0
         self._launches: dict[object, PreparedLaunch] = {}
 
     def launch(self, key: object, make: Callable[[], tuple[KernelSpec, LaunchShape]]) -> PreparedLaunch:
@@ -160,6 +162,7 @@ class OperationContext:
             CommTimeoutError: A rank did not come.
         """
         if self.log.has_record:
+            self.num_failures += 1
             raise_failure(self.log, self.fields, self._opened_values)
 
     def begin(self, fields: Sequence[AgreedField]) -> None:

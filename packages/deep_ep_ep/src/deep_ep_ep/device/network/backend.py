@@ -32,6 +32,7 @@ class NetworkBackend(DeviceBackend):
     """
 
     kernel_plan = NetworkPlan
+    barrier_is_operation = True
 
     def __init__(self, context: NetworkContext, collective: CollectiveBackend, facts: BufferFacts) -> None:
         super().__init__(

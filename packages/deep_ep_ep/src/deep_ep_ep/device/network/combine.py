@@ -62,7 +62,7 @@ class _CombineCall:
         self.gin = context.new_gin_call(NetworkCombineParams, "deep_ep_ep::NetworkCombineCall")
         self.params: NetworkCombineParams = self.gin.call
         params = self.params
-        params.net = context.network(num_qps=args.num_qps)
+        params.net = context.network(num_qps=context.num_qps_of(args))
         params.num_topk, params.num_experts, params.num_max_tokens = num_topk, handle.num_experts, max_tokens
         params.row_bytes = self.row_bytes
         params.return_bytes = return_bytes(row_bytes=self.row_bytes, num_topk=num_topk, has_weights=has_weights)
@@ -80,7 +80,7 @@ class _CombineCall:
         params.return_offset, params.send_offset = context.divide_slabs(
             "the rows of a combine", [num_returned * params.return_bytes, num_sent * params.return_bytes]
         )
-        self.exchange = context.new_exchange(num_qps=args.num_qps)
+        self.exchange = context.new_exchange(num_qps=context.num_qps_of(args))
         self.agreed = AgreedValues(self.exchange.call.opening, agreed_by_combine(args), handle_name=HANDLE_NAME)
 
     def tell(self, x_offset: int, weights_offset: int) -> None:

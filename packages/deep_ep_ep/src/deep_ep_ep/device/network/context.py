@@ -21,6 +21,7 @@ from deep_ep_core.nccl import Communicator, DeviceComm, DeviceCommConfig, GinCon
 from deep_ep_core.transport import AgreedField
 from deep_ep_core.wait import WaitParams
 from deep_ep_core.window import ControlRegion, SymmetricMemory
+from deep_ep_ep.checks import CombineArgs, DispatchArgs
 from deep_ep_ep.device.context import MAX_NUM_EXPERTS, OperationContext, RecvMemory, window_sizes
 from deep_ep_ep.device.network.params import (
     OPENING_BYTES,
@@ -36,6 +37,7 @@ from deep_ep_ep.device.network.params import (
 )
 from deep_ep_ep.device.opening import OperationKind, agreed_fields, set_agreed
 from deep_ep_ep.device.state import PHASES
+from deep_ep_ep.sm_model import theoretical_num_qps
 
 __all__ = ["NetworkContext", "NetworkOptions"]
 
@@ -182,8 +184,14 @@ class NetworkContext(OperationContext):
             num_qps: GIN contexts to use; at most as many as there are.
         """
         network = Network.from_buffer_copy(self._network)
-        network.num_contexts = max(1, min(num_qps, self.num_contexts))
+        network.num_contexts = min(num_qps, self.num_contexts)
         return network
+
+    def num_qps_of(self, args: DispatchArgs | CombineArgs) -> int:
+        """GIN contexts of a call: as many as it says, or as the model does."""
+        return args.num_qps or theoretical_num_qps(
+            args.num_sms, allow_hybrid_mode=self.options.is_hybrid, num_allocated_qps=self.num_contexts
+        )
 
     def new_gin_call(self, call_type: type[ParamsStruct], cuda_name: str) -> ParamsStruct:
         """Parameters of a kernel that uses GIN, with all but its member `call` set. See `gin_call_type`."""

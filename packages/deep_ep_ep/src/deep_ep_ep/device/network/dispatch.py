@@ -56,6 +56,8 @@ _PLAN_TENSORS = (
 )
 # Stamps of counts go from 1 to this, and round.
 _MAX_STAMP = 2**31 - 2
+# A handle's number is one of these behind one of those, in 31 bits.
+_NUM_FAILURES, _NUM_DISPATCHES = 2**11, 2**20
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +116,7 @@ class _DispatchCall:
         record = record_bytes(row_bytes=row_bytes, side_bytes=self.side_bytes, num_topk=num_topk)
         self.gin = context.new_gin_call(NetworkDispatchParams, "deep_ep_ep::NetworkDispatchCall")
         self.params: NetworkDispatchParams = self.gin.call
-        self.params.net = net = context.network(num_qps=args.num_qps)
+        self.params.net = net = context.network(num_qps=context.num_qps_of(args))
         # Of own tokens only those for other nodes are packed, each once a relay.
         num_packed = max_tokens * min(num_topk, context.num_relays - 1)
         self.params.recv_offset, self.params.send_offset = context.divide_slabs(
@@ -132,7 +134,7 @@ class _DispatchCall:
         self._stages = row_stages(row_bytes, plan_columns=0)
         local.num_stages, local.piece_bytes = self._stages.num_stages, self._stages.piece_bytes
         local.stages_offset = self._stages.offset
-        self.exchange = context.new_exchange(num_qps=args.num_qps)
+        self.exchange = context.new_exchange(num_qps=context.num_qps_of(args))
         self.agreed = AgreedValues(self.exchange.call.opening, agreed_by_dispatch(args), handle_name=HANDLE_NAME)
 
     def tell(self, x_offset: int, side_word: int) -> None:
@@ -190,6 +192,7 @@ class NetworkDispatcher:
         self._context = context
         self._facts = facts
         self._num_dispatches = 0
+        self._num_failures = 0
         self._host_stamp = 0
 
     def dispatch(self, args: DispatchArgs, scope: CommScope) -> DispatchResult:
@@ -202,9 +205,7 @@ class NetworkDispatcher:
         stream = scope.stream_handle
         if args.handle is not None:
             return self._repeat(call, args, args.handle, scope)
-        # Counted where it begins, whatever becomes of it: ranks compare the numbers of handles, and if ranks disagree
-        # some find out at once and some when they have made one.
-        self._num_dispatches += 1
+        self._count_dispatch()
         made = self._new_plan(call, args)
         # Of no use once the plan is made.
         num_tiles = ceil_div(args.x.size(0), PLAN_TILE_TOKENS)
@@ -246,6 +247,16 @@ class NetworkDispatcher:
         call.open(scope.stream_handle, has_counts=False)
         self._move(call, scope)
         return result
+
+    def _count_dispatch(self) -> None:
+        """Give the next handle its number, which ranks compare.
+
+        Counted where a dispatch begins, whatever becomes of it, and from 0 after each failure: of those that were under
+        way then, ranks may have enqueued some more than others.
+        """
+        if self._num_failures != self._context.num_failures:
+            self._num_failures, self._num_dispatches = self._context.num_failures, 0
+        self._num_dispatches += 1
 
     def _begin(self, call: _DispatchCall, kind: OperationKind, dispatch_idx: int = 0) -> None:
         self._context.begin(call.agreed.begin(kind, dispatch_idx))
@@ -388,7 +399,7 @@ class NetworkDispatcher:
             dst_buffer_slot_idx=made["dst_buffer_slot_idx"],
             plan=plan,
             buffer_id=self._facts.buffer_id,
-            dispatch_idx=self._num_dispatches,
+            dispatch_idx=self._num_failures % _NUM_FAILURES * _NUM_DISPATCHES + self._num_dispatches % _NUM_DISPATCHES,
         )
 
 

@@ -124,6 +124,11 @@ __device__ __forceinline__ void receive_slots(const Network& net, const Opening&
 __device__ __forceinline__ void exchange(const ExchangeCall& c) {
     const Network& net = c.call.net;
     __shared__ ExchangeShared shared;
+    // Behind a failure nothing is opened or counted: of hosts that were told in time, none is here.
+    if (__syncthreads_or(threadIdx.x == 0 && comm::has_expired(net.wait)) != 0) {
+        if (threadIdx.x == 0) net.state->invalid_token = 0;
+        return;
+    }
     const unsigned long long epoch = net.state->epoch + 1;
     const unsigned long long offset = slot_offset(net, own_rank(net), epoch);
     const unsigned long long num_bytes = (sizeof(Opening) + 4ull * c.call.num_counts + 15) / 16 * 16;

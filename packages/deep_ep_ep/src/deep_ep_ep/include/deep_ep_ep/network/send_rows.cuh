@@ -39,9 +39,11 @@ __device__ __forceinline__ void pack_side(const NetworkDispatchParams& p, unsign
     const long long first_entry = static_cast<long long>(token) * local.num_topk;
     for (int word = lane; word < num_words; word += 32) {
         unsigned value = 0;
-        if (layout.ids <= word && word < layout.rows)
-            value = static_cast<unsigned>(static_cast<const Index*>(local.topk_idx)[first_entry + word - layout.ids]);
-        else if (word <= layout.token)
+        if (layout.ids <= word && word < layout.rows) {
+            // Any negative id means none; not all of them stay negative in 32 bits.
+            const Index id = static_cast<const Index*>(local.topk_idx)[first_entry + word - layout.ids];
+            value = id < 0 ? ~0u : static_cast<unsigned>(id);
+        } else if (word <= layout.token)
             value = side_word(local, layout, token, word);
         to[word] = value;
     }
