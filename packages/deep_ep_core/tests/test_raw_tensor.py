@@ -115,6 +115,31 @@ def test_a_tensor_may_die_in_any_thread():
     assert names == [thread.ident]
 
 
+def test_a_tensor_may_die_while_an_exception_is_under_way():
+    """As an operand of a failing operation does: what went wrong is told, and the memory is released."""
+    memory, calls = Memory(), []
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        torch.mm(
+            tensor_over(memory.address, 64, CPU, memory, lambda: calls.append(1), shape=(4, 4), dtype=torch.float32),
+            torch.ones(3, 3),
+        )
+    assert calls == [1]
+
+
+def test_a_release_that_fails_is_told_and_harms_nothing(recwarn):
+    memory, seen = Memory(), []
+
+    def fail():
+        raise ValueError("no release")
+
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: seen.append(str(unraisable.exc_value))
+    try:
+        tensor_over(memory.address, 64, CPU, memory, fail)
+    finally:
+        sys.unraisablehook = hook
+    assert seen == ["no release"]
+
+
 def test_a_storage_that_outlives_the_interpreters_work_calls_nothing():
     """Exit handlers run in the reverse order: the one registered first sees a tensor die after all is disarmed."""
     program = (

@@ -134,6 +134,15 @@ class AnyShape:
         for told in ranks.run(ep_nodes.run_in_mode, mode, ep_device_failures.fail_with_hosts_ahead, "auto"):
             assert [error and error["type"] for error in told] == ["ConfigError"] * 4, told
 
+    def test_what_fails_on_one_rank_is_told_to_all_and_the_buffer_works_on(self, ranks, mode):
+        *others, last = ranks.run(ep_nodes.run_in_mode, mode, ep_device_failures.fail_on_one_rank, "window")
+        assert [error and error["type"] for error in last] == ["HeapFullError"] * 2, last
+        for told in others:
+            for error in told:
+                assert error is not None
+                assert (error["type"], error["field"]) == ("RankMismatchError", "operation"), error
+                assert error["values"][-1] == "refusal", error
+
     @pytest.mark.parametrize("late_rank", ["first", "last"])
     def test_a_rank_that_does_not_come_is_named_on_every_other(self, ranks, mode, late_rank):
         """On its own node and on others, whether or not its slot would have come through another rank."""

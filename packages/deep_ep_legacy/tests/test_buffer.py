@@ -4,15 +4,23 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import legacy_buffer
 import pytest
+import torch
 
-from deep_ep_legacy import Buffer, Config, variables
+from deep_ep_core.errors import ConfigError
+from deep_ep_legacy import Buffer, Config, extra_arguments, variables
+from deep_ep_legacy.extra_arguments import ignore_extra_arguments
 
 
 def test_small_methods_do_what_they_say(rank_pool):
     rank_pool(2).run(legacy_buffer.check_small_methods)
+
+
+def test_buffer_made_in_inference_mode_serves_outside_of_it(rank_pool):
+    rank_pool(2).run(legacy_buffer.check_buffer_of_inference_mode)
 
 
 def test_arguments_of_forks_are_ignored_with_one_warning_each(rank_pool):
@@ -26,6 +34,31 @@ def test_arguments_of_forks_are_ignored_with_one_warning_each(rank_pool):
             "combine ignores packed_recv_count=None: it is no argument here, and the value asks for nothing",
         ]
         assert messages == expected
+
+
+OVERLAP_ARGUMENTS = {
+    "packed_recv_count": torch.ones(2),
+    "comp_signal": torch.ones(2),
+    "block_m": 64,
+    "threshold": 8,
+    "num_sms": 3,
+    "src_signals": torch.ones(2),
+    "src_signal_expect_value": 1,
+}
+
+
+@pytest.mark.parametrize("name", OVERLAP_ARGUMENTS)
+def test_what_belongs_to_overlap_is_ignored_without_it(monkeypatch, name):
+    """SGLang passes all of them, with overlap=False too."""
+    monkeypatch.setattr(extra_arguments, "_warned", set())
+    extra = {name: OVERLAP_ARGUMENTS[name]}
+    with pytest.warns(UserWarning, match=f"{name}=.*: it has a meaning with overlap=True only"):
+        ignore_extra_arguments("low_latency_combine", extra)
+    with pytest.warns(UserWarning, match="overlap=False"):
+        ignore_extra_arguments("low_latency_combine", {**extra, "overlap": False})
+    for call, given in (("low_latency_combine", {**extra, "overlap": True}), ("low_latency_dispatch", extra)):
+        with pytest.raises(ConfigError, match=f"{call} must be called without"):
+            ignore_extra_arguments(call, given)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -95,3 +128,11 @@ def test_variables_of_v1_are_named_once(monkeypatch):
     assert len(messages) == len(names)
     for name, message in zip(names, messages, strict=True):
         assert message.startswith(f"{name} is set but has no effect on deep_ep_legacy: ")
+
+
+@pytest.mark.parametrize(("context_device", "current", "stays"), [(None, 0, False), (0, 0, True), (0, 1, False)])
+def test_kernels_may_run_on_the_current_stream_of_their_own_device(monkeypatch, context_device, current, stays):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    buffer = Buffer.__new__(Buffer)
+    buffer._context = None if context_device is None else SimpleNamespace(device_idx=context_device)
+    assert buffer._may_stay is stays

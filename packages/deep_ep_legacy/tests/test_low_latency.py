@@ -20,6 +20,7 @@ def test_any_number_of_tokens_and_any_routing_matches_plain_torch(rank_pool, num
     [
         legacy_low_latency.check_hooks_in_any_order,
         legacy_low_latency.check_out_and_zero_copy,
+        legacy_low_latency.check_inference_mode,
         legacy_low_latency.check_zero_copy_needs_its_turn,
         legacy_low_latency.check_logfmt,
         legacy_low_latency.check_stats,

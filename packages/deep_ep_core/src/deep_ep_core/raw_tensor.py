@@ -1,7 +1,11 @@
 """Owns making torch tensors over memory that torch did not allocate, with a call when the last view of it dies.
 
-It goes through DLPack, which is the same for host and device memory and gives the storage a deleter of its own. Who
-owns the memory, and what happens to it afterwards, is the caller's affair.
+It goes through DLPack, which is the same for host and device memory. Who owns the memory, and what happens to it
+afterwards, is the caller's affair.
+
+The death of a storage is told by a finalizer of Python: a small tensor over a ticket of ours is exported, and what
+torch reads of the export is written over, so that the new storage keeps the ticket. A deleter of our own would be
+simpler, but ctypes cannot call Python while an exception is under way: the exception would be lost, and the call too.
 """
 
 from __future__ import annotations
@@ -21,23 +25,32 @@ __all__ = ["tensor_over"]
 
 _KINDS = {"cpu": 1, "cuda": 2}
 _CAPSULE_NAME = b"dltensor"
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-# A block is DLPack's `DLManagedTensor`, its `DLTensor` inlined, and behind it the shape that it points to. In order:
-# data; kind and index of the device; number of dimensions; type as code, bits and lanes in one number; address of the
-# shape; that of the strides, 0 for a contiguous tensor; byte offset; context; deleter.
-_HEAD = "=QiiiIQQQQQ"
+# DLPack's `DLManagedTensor`, its `DLTensor` inlined. In order: data; kind and index of the device; number of
+# dimensions; type as code, bits and lanes in one number; address of the shape; that of the strides, 0 for a contiguous
+# tensor; byte offset. Behind it are torch's own context and deleter.
+_EXPORT = struct.Struct("=QiiiIQQQ")
 _TYPE_OFFSET, _DELETER_OFFSET = 20, 56
 _MAX_DIMS = 8
-_LAYOUTS = [struct.Struct(f"{_HEAD}{num_dims}q") for num_dims in range(_MAX_DIMS + 1)]
-_SHAPE_OFFSET = _LAYOUTS[0].size
+_ExportBytes = ctypes.c_char * _EXPORT.size
 
-_Block = tuple[int, Any]  # its address, and the same bytes as something to write to
+# Addresses of the exports whose storages live.
+_live: set[int] = set()
 
-# What lives as long as a storage, and what to call when it dies, by the address of its block.
-_live: dict[int, tuple[_Block, object, Callable[[], None] | None]] = {}
-# Blocks that no storage has at present. They are kept for ever: there are never more than storages lived at once.
-_spare_blocks: list[_Block] = []
+
+class _Ticket(ctypes.c_int64 * _MAX_DIMS):  # type: ignore[misc]
+    """Lives as long as a storage. Its bytes are the shape of the storage's first tensor."""
+
+    __slots__ = ("export_address", "on_release", "owner")
+
+    owner: object
+    on_release: Callable[[], None] | None
+    export_address: int
+
+    def __del__(self) -> None:
+        _live.discard(self.export_address)
+        if self.on_release is not None:
+            self.on_release()
 
 
 def tensor_over(
@@ -75,27 +88,25 @@ def tensor_over(
         flat = tensor_over(address, num_bytes, device, owner, on_release)
         return flat[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
     calls = _calls()
-    try:
-        block = _spare_blocks.pop()
-    except IndexError:
-        block = calls.new_block()
-    block_address, content = block
-    _LAYOUTS[len(shape)].pack_into(
-        content,
+    ticket = _Ticket(*shape)
+    ticket.owner, ticket.on_release, ticket.export_address = owner, None, 0
+    carrier = torch.frombuffer(ticket, dtype=torch.int64)
+    capsule = calls.capsule_of(carrier)
+    ticket.export_address = export_address = calls.pointer_of(capsule, _CAPSULE_NAME)
+    _EXPORT.pack_into(
+        _ExportBytes.from_address(export_address),
         0,
         address,
         *_place_of(device),
         len(shape),
         type_code,
-        block_address + _SHAPE_OFFSET,
+        carrier.data_ptr(),
         0,
         0,
-        0,
-        calls.deleter_address,
-        *shape,
     )
-    _live[block_address] = block, owner, on_release
-    tensor: torch.Tensor = calls.tensor_of_capsule(calls.new_capsule(block_address, _CAPSULE_NAME, None))
+    _live.add(export_address)
+    tensor: torch.Tensor = calls.tensor_of_capsule(capsule)
+    ticket.on_release = on_release
     return tensor
 
 
@@ -119,37 +130,15 @@ def _type_code(dtype: torch.dtype) -> int | None:
 
 
 class _Calls:
-    """The C functions that are needed, and the deleter that torch calls."""
+    """The functions that are needed."""
 
     def __init__(self) -> None:
-        api = ctypes.pythonapi
-        # The raw allocator: a storage may outlive the interpreter, and what its other allocators gave.
-        self._malloc: Any = api.PyMem_RawMalloc
-        self._malloc.argtypes, self._malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
-        self.new_capsule: Any = api.PyCapsule_New
-        self.new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        self.new_capsule.restype = ctypes.py_object
-        self.pointer_of: Any = api.PyCapsule_GetPointer
+        self.pointer_of: Any = ctypes.pythonapi.PyCapsule_GetPointer
         self.pointer_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
         self.pointer_of.restype = ctypes.c_void_p
-        # What `from_dlpack` calls after it has found out that it was passed a capsule.
+        # What `Tensor.__dlpack__` calls, and what `from_dlpack` does when it has seen that it was passed a capsule.
+        self.capsule_of: Any = getattr(torch._C, "_to_dlpack", None) or torch.Tensor.__dlpack__
         self.tensor_of_capsule: Any = getattr(torch._C, "_from_dlpack", None) or from_dlpack
-        self.deleter = _Deleter(_delete)
-        self.deleter_address: int = ctypes.cast(self.deleter, ctypes.c_void_p).value or 0
-
-    def new_block(self) -> _Block:
-        num_bytes = _LAYOUTS[_MAX_DIMS].size
-        address: int = self._malloc(num_bytes)
-        return address, (ctypes.c_char * num_bytes).from_address(address)
-
-
-def _delete(block_address: int) -> None:
-    block, owner, on_release = _live.pop(block_address)
-    # Torch reads nothing of it after this call.
-    _spare_blocks.append(block)
-    if on_release is not None:
-        on_release()
-    del owner
 
 
 @functools.cache
@@ -159,6 +148,6 @@ def _calls() -> _Calls:
 
 
 def _disarm() -> None:
-    """Take the deleter out of all live storages: some die after the interpreter, when it can no longer be called."""
-    for block_address in list(_live):
-        ctypes.c_void_p.from_address(block_address + _DELETER_OFFSET).value = None
+    """Take the deleter out of all live storages: some die after the interpreter, when no finalizer can run."""
+    for export_address in list(_live):
+        ctypes.c_void_p.from_address(export_address + _DELETER_OFFSET).value = None

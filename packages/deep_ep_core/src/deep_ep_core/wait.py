@@ -120,9 +120,11 @@ class TimeoutLog:
         self.device = device
         is_cuda = device.type == "cuda"
         # Pinned memory has the same address on the device: all GPUs of a process share its address space.
-        self._record_bytes = torch.zeros(ctypes.sizeof(TimeoutRecord), dtype=torch.uint8, pin_memory=is_cuda)
+        # Tensors that are made in inference mode could not be reset outside of it.
+        with torch.inference_mode(False):
+            self._record_bytes = torch.zeros(ctypes.sizeof(TimeoutRecord), dtype=torch.uint8, pin_memory=is_cuda)
+            self._has_expired = torch.zeros(1, dtype=torch.int32, device=device)
         self._record = TimeoutRecord.from_address(self._record_bytes.data_ptr())
-        self._has_expired = torch.zeros(1, dtype=torch.int32, device=device)
         if is_cuda:
             # Kernels of any stream may look at it.
             torch.cuda.current_stream(device).synchronize()

@@ -68,6 +68,16 @@ def test_error_comes_again_until_reset() -> None:
     assert bytes(TimeoutRecord.from_address(params.record)) == bytes(ctypes.sizeof(TimeoutRecord))
 
 
+def test_log_made_in_inference_mode_is_reset_outside_of_it() -> None:
+    with torch.inference_mode():
+        log = TimeoutLog(rank=0, device=CPU)
+    leave_record(
+        log.params(first_phase=log.add_phases(["barrier"]), timeout_s=1), phase_idx=0, peer=1, expected=2, seen=1
+    )
+    log.reset()
+    log.check()
+
+
 def test_half_written_record_is_not_read() -> None:
     log = TimeoutLog(rank=0, device=CPU)
     params = log.params(first_phase=log.add_phases(["barrier"]), timeout_s=1)

@@ -177,6 +177,27 @@ def test_what_does_not_fit_is_refused_with_its_size() -> None:
         dispatcher.dispatch(args, Scope())  # type: ignore[arg-type]
 
 
+def test_what_fails_on_one_rank_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the opening that others have seen, and in front of the next one, for which they wait."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    context = Context(4, 2, is_hybrid=True, num_bytes=1 << 24)
+    facts = facts_of(context, 64, allow_multiple_reduction=True)
+    dispatcher, combiner = NetworkDispatcher(context, facts), NetworkCombiner(context, facts)
+    x, topk_idx = torch.zeros(37, 256, dtype=torch.bfloat16), torch.zeros(37, 4, dtype=torch.int64)
+    args = dispatch_args(x, topk_idx, 64, num_experts=16, do_expand=False, do_cpu_sync=True)
+    handle = dispatcher.dispatch(args, Scope()).handle  # type: ignore[arg-type]
+    context.take()
+    context.stage_bytes = 1024
+    with pytest.raises(ConfigError, match="must fit the memory for rows"):
+        dispatcher.dispatch(args, Scope())  # type: ignore[arg-type]
+    assert context.take() == [*PLAN, "exchange"]
+    rows = torch.zeros(handle.num_recv_tokens, 256, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="must fit the memory for rows"):
+        combiner.combine(CombineArgs(rows, handle, None, (), CallKind(settings=()), 8, 4), Scope())  # type: ignore[arg-type]
+    assert context.take() == ["exchange"]
+
+
 def test_numbers_of_handles_begin_anew_behind_a_failure() -> None:
     """Of what was under way then, one rank may have enqueued more than another; all have been told of the failure."""
     numbers = []

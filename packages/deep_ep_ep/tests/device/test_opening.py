@@ -38,5 +38,5 @@ def test_values_that_differ_stay_different() -> None:
 
 def test_operations_that_must_not_meet_have_different_numbers() -> None:
     """A rank that only plans, for one, has no memory yet for the rows of those that plan and send."""
-    assert len({int(kind) for kind in OperationKind}) == len(OperationKind) == 5
+    assert len({int(kind) for kind in OperationKind}) == len(OperationKind) == 6
     assert 0 not in set(OperationKind)

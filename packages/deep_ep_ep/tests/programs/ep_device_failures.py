@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from ep_device_setting import on_device
+from ep_device_setting import is_in_window, on_device
 from ep_device_shapes import make_large_buffer
 from ep_device_window import check_one
 from ep_rows import Problem, make_problem
@@ -252,5 +252,33 @@ def fail_with_hosts_ahead(recv_memory: str) -> list[Told | None]:
                 told.append(_told(functools.partial(fail, rank % 2 == parity, again)))
                 dist.barrier()
                 check_one(buffer, problem)
+        buffer.close()
+    return told
+
+
+def fail_on_one_rank(recv_memory: str) -> list[Told | None]:
+    """The last rank has no room in the window for what it is sent; behind that the buffer works."""
+    told = []
+    with on_device(recv_memory, num_bytes=8 << 20):
+        rank, problem = dist.get_rank(), _problem()
+        buffer = make_large_buffer(_MAX_TOKENS, _HIDDEN)
+        x, topk_idx, _ = problem.inputs(rank)
+        handle = buffer.dispatch(x, topk_idx=topk_idx, num_experts=problem.num_experts)[3]  # type: ignore[arg-type]
+        kept = []
+        if rank == dist.get_world_size() - 1:
+            while is_in_window(buffer, more := buffer.empty_like_recv(handle)):
+                kept.append(more)
+
+        def dispatch(arguments: dict[str, object]) -> None:
+            buffer.dispatch(x, **arguments)  # type: ignore[arg-type]
+            # Who has room finds out behind it.
+            torch.cuda.synchronize()
+            buffer.barrier()
+
+        for arguments in ({"topk_idx": topk_idx, "num_experts": problem.num_experts}, {"handle": handle}):
+            told.append(_told(functools.partial(dispatch, arguments)))
+            dist.barrier()
+        kept.clear()
+        check_one(buffer, problem)
         buffer.close()
     return told

@@ -95,6 +95,8 @@ class Buffer(LowLatencyCalls):
 
     num_sms: ClassVar[int] = DEFAULT_NUM_SMS
 
+    # State that is made in inference mode could not be changed outside of it.
+    @torch.inference_mode(False)
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
@@ -207,9 +209,14 @@ class Buffer(LowLatencyCalls):
         return EventOverlap(EventHandle())
 
     def get_comm_stream(self) -> torch.cuda.Stream | torch.cpu.Stream:
-        """The stream on which dispatch and combine run: one per process and device. Collective: no."""
+        """The stream of dispatch and combine, where they do not run on the current one: one per process and device.
+
+        Collective: no.
+        """
         return comm_stream(self._device)
 
+    # As the constructor.
+    @torch.inference_mode(False)
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, size: Sequence[int] | None = None, offset: int = 0, use_rdma_buffer: bool = False
     ) -> torch.Tensor:
@@ -297,7 +304,7 @@ class Buffer(LowLatencyCalls):
         ignore_extra_arguments("get_dispatch_layout", extra)
         check_layout(self._facts, topk_idx, num_experts)
         options = check_streams(self._facts, previous_event, async_finish, allocate_on_comm_stream)
-        with CommScope(topk_idx.device, options) as scope:
+        with CommScope(topk_idx.device, options, may_stay=self._may_stay) as scope:
             layout = backend.layout(topk_idx, num_experts)
             event = scope.finish([topk_idx], layout)
         return (*layout, event)
@@ -367,10 +374,10 @@ class Buffer(LowLatencyCalls):
             RankMismatchError: Ranks passed different arguments; raised on every rank.
             CommTimeoutError: A rank died or is late.
 
-        Collective: yes. Stream: runs on the communication stream after the current one (or `previous_event`). The host
-        waits for counts and rows; on the device backend for counts, and with `num_worst_tokens` or a handle for
-        nothing, so that a CUDA graph may hold the call. What goes wrong there without the host waiting is raised by
-        the next call.
+        Collective: yes. Stream: runs on the communication stream after the current one (or `previous_event`); on the
+        device backend, with neither `async_finish` nor `previous_event`, on the current one. The host waits for counts
+        and rows; on the device backend for counts, and with `num_worst_tokens` or a handle for nothing, so that a CUDA
+        graph may hold the call. What goes wrong there without the host waiting is raised by the next call.
         """
         backend = self._open_backend()
         ignore_extra_arguments("dispatch", extra)
@@ -379,7 +386,7 @@ class Buffer(LowLatencyCalls):
             check_capture(self._facts, handle=handle, num_worst_tokens=num_worst_tokens)
             options = check_streams(self._facts, previous_event, async_finish, allocate_on_comm_stream)
             # What lies in tensors may still be under way on the event's stream: so in the scope.
-            with CommScope(_device_of(x), options) as scope:
+            with CommScope(_device_of(x), options, may_stay=self._may_stay) as scope:
                 args = check_dispatch(
                     self._facts,
                     x=x,
@@ -462,7 +469,7 @@ class Buffer(LowLatencyCalls):
         ignore_extra_arguments("combine", extra)
         with self._rejections_reported("combine"):
             options = check_streams(self._facts, previous_event, async_finish, allocate_on_comm_stream)
-            with CommScope(_device_of(x), options) as scope:
+            with CommScope(_device_of(x), options, may_stay=self._may_stay) as scope:
                 args = check_combine(
                     self._facts,
                     x=x,
@@ -516,6 +523,17 @@ class Buffer(LowLatencyCalls):
         if self._backend is None:
             raise rejected(self.rank, "the buffer must be open", "a destroyed one", "make a new Buffer")
         return self._backend
+
+    @property
+    def _may_stay(self) -> bool:
+        """Whether a call that returns no event may run on the current stream.
+
+        In a capture that lets torch use its memory again, which it does not with memory that two streams used. A kernel
+        waits for the buffer's kernel before it on any stream (`DeviceContext.follow`), so that a call which stays reads
+        what an asynchronous one wrote, also where nobody waited for its event. Not on another device than the current
+        one, since only a stream of its own makes that one current.
+        """
+        return self._context is not None and torch.cuda.current_device() == self._context.device_idx
 
     @contextlib.contextmanager
     def _rejections_reported(self, operation: str) -> Iterator[None]:

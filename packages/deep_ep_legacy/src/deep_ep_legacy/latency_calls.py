@@ -135,6 +135,7 @@ class LowLatencyCalls:
         """Bring the experts' rows back and sum them for each token, each times its weight.
 
         Arguments, results and errors are those of `deep_ep_legacy.low_latency.LowLatencySession.low_latency_combine`.
+        Arguments of forks that belong to `overlap` are ignored with one warning where it is False or absent.
 
         Collective: yes.
         """

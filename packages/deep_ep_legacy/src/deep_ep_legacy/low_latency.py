@@ -13,7 +13,7 @@ import torch
 
 from deep_ep_core.errors import ConfigError
 from deep_ep_core.refusals import rejected
-from deep_ep_core.stream import CommScope, EventOverlap, StreamOptions
+from deep_ep_core.stream import CommScope, EventHandle, EventOverlap, StreamOptions
 from deep_ep_core.transport import CollectiveTransport
 from deep_ep_legacy.low_latency_backends import CollectiveLatency, CombineCall, DispatchCall, LatencyBackend
 from deep_ep_legacy.low_latency_checks import (
@@ -135,9 +135,10 @@ class LowLatencySession:
             RankMismatchError: Ranks passed different sizes or flags, or called different operations.
             CommTimeoutError: A rank died or is late, and there is no mask.
 
-        Collective: yes. Stream: runs on the communication stream, which waits for the current one; with
-        `return_recv_hook` the call and the hook run on the stream that is current in the call. On the collective
-        backend the host waits in the call until the ranks agree, so a CUDA graph cannot capture it.
+        Collective: yes. Stream: runs on the current one; with `async_finish` on the communication stream, which waits
+        for the current one, unless a CUDA graph is being captured. With `return_recv_hook` the call and the hook run on
+        the stream that is current in the call. On the collective backend the host waits in the call until the ranks
+        agree, so a CUDA graph cannot capture it.
         """
         with self._backend.rejections_reported("low_latency_dispatch"):
             check_streams(self._rank, async_finish, return_recv_hook)
@@ -279,7 +280,9 @@ class LowLatencySession:
         shape = (*src_info.shape, hidden)
         buffer = self._combine_buffers[self._half]
         if buffer is None or buffer.shape != shape or buffer.device != src_info.device:
-            buffer = src_info.new_empty(shape, dtype=torch.bfloat16)
+            # It outlives this call, so callers must be able to fill it in inference mode and outside of it.
+            with torch.inference_mode(False):
+                buffer = src_info.new_empty(shape, dtype=torch.bfloat16)
             self._combine_buffers[self._half] = buffer
         return buffer
 
@@ -401,12 +404,16 @@ class LowLatencySession:
             call = start()
             self._count_call()
             return call, EventOverlap(None), self._pending.add(call, device)
-        with CommScope(device, StreamOptions(async_with_compute_stream=async_finish), may_stay=True) as scope:
+        # Memory that two streams used in a capture is not given out again before the capture has ended, so there a call
+        # stays on the current stream, and its event stands for a point in that one.
+        stays = async_finish and device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        options = StreamOptions(async_with_compute_stream=async_finish and not stays)
+        with CommScope(device, options, may_stay=True) as scope:
             call = start()
             self._count_call()
             call.complete()
             event = scope.finish(args.inputs, call.outputs)
-        return call, event, None
+        return call, EventOverlap(EventHandle(device)) if stays else event, None
 
 
 def _make_backend(

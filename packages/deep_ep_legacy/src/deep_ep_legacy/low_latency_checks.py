@@ -163,9 +163,12 @@ def _check_wait_stats(rank: int, num_ranks: int, name: str, wait_stats: Any, dev
 
 
 def check_handle(rank: int, num_ranks: int, handle: Any) -> Handle:
-    """Check what a dispatch returned as its handle."""
-    if not isinstance(handle, tuple) or len(handle) != _HANDLE_LEN:
-        got = f"a tuple of {len(handle)}" if isinstance(handle, tuple) else type(handle).__name__
+    """Check what a dispatch returned as its handle; a list of the same, which some callers keep, is taken too."""
+    is_sequence = isinstance(handle, (tuple, list))
+    if not is_sequence or len(handle) != _HANDLE_LEN:
+        got = type(handle).__name__
+        if is_sequence:
+            got = f"a {got} of {len(handle)}"
         raise rejected(
             rank, f"handle must be the tuple of {_HANDLE_LEN} of a low_latency_dispatch", got, "pass what it returned"
         )

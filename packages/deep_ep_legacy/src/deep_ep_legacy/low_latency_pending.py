@@ -25,8 +25,8 @@ class _Pending:
     stream: torch.cuda.Stream | None
 
     def complete(self) -> None:
-        # What it fills was allocated on the stream of the call.
-        with torch.no_grad(), torch.cuda.stream(self.stream):
+        # What it fills was allocated on the stream of the call, perhaps in inference mode: then only that mode may.
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
             self.call.complete()
 
 

@@ -36,6 +36,15 @@ def check_small_methods() -> None:
     assert "destroyed" in repr(buffer)
 
 
+def check_buffer_of_inference_mode() -> None:
+    """Its memory may be written outside of that mode."""
+    with torch.inference_mode():
+        buffer = Buffer(dist.group.WORLD, 128)
+        view = buffer.get_local_buffer_tensor(torch.int32)
+    view[0] = 5
+    assert buffer.get_local_buffer_tensor(torch.int32, [2]).tolist() == [5, 0]
+
+
 def check_extra_arguments() -> list[str]:
     """The warnings of calls with arguments of forks, made twice."""
     with warnings.catch_warnings(record=True) as caught:
@@ -75,7 +84,16 @@ def check_low_latency_buffer() -> None:
     )
     hook()
     assert count.sum().item() == num_ranks * int((topk_idx // 2 == world.rank).logical_and(topk_idx >= 0).sum())
-    combined, _, hook = buffer.low_latency_combine(received, topk_idx, weights, handle, return_recv_hook=True)
+    overlap = {
+        "overlap": False,
+        "comp_signal": torch.ones(2, dtype=torch.int32),
+        "block_m": 64,
+        "threshold": 8,
+        "num_sms": 3,
+    }
+    combined, _, hook = buffer.low_latency_combine(
+        received, topk_idx, weights, list(handle), return_recv_hook=True, **overlap
+    )
     hook()
     factors = torch.tensor([1.0, 0.5, 0.0, 1.0]).unsqueeze(1)
     same(combined, (x * factors).to(torch.bfloat16))

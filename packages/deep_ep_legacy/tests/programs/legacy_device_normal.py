@@ -368,8 +368,13 @@ def check_wrong_arguments() -> None:
             device.dispatch(x.half() if is_odd else x, **routed)
 
         def twice(first: Callable[[], object], second: Callable[[], object]) -> None:
-            """Where the host does not wait for the first call, it learns of it in the second."""
+            """Where the host does not wait for the first call, it learns of it in a later one, and not on all ranks in
+            the same: calls between count on no rank.
+            """
             first()
+            if rank % 2 == 0:
+                torch.cuda.synchronize()
+            second()
             torch.cuda.synchronize()
             second()
 
@@ -385,8 +390,10 @@ def check_wrong_arguments() -> None:
         with pytest.raises(ConfigError, match=rf"num_tokens_per_rank must count .*on rank {num_ranks - 1}"):
             dispatch(num_tokens_per_rank=wrong)
         most = 1 if is_odd else 20 * num_ranks
-        with pytest.raises(ConfigError, match=rf"num_worst_tokens must be at least .*rank {num_ranks - 1} receives"):
-            twice(lambda: dispatch(num_worst_tokens=most), dispatch)
+        too_few = rf"num_worst_tokens must be at least .*rank {num_ranks - 1} receives"
+        for then in (dispatch, combine):
+            with pytest.raises(ConfigError, match=too_few):
+                twice(lambda: dispatch(num_worst_tokens=most), then)
         mixed = other if is_odd else handle
         with pytest.raises(ConfigError, match="handle must be of the same dispatch on every rank"):
             twice(lambda: device.dispatch(x, handle=mixed), dispatch)

@@ -241,6 +241,36 @@ def check_repeated() -> None:
     assert len(seen) == 1
 
 
+def check_inference_mode() -> None:
+    """Calls, their hooks, and what fills their memory may be on either side of the border of inference mode."""
+    session, case = make_session(), uneven()
+    batches = make_batches(case)
+    batch = batches[dist.get_rank()]
+    for is_call_in in (True, False):
+        with torch.inference_mode(is_call_in):
+            recv_x, recv_count, handle, _, hook = session.low_latency_dispatch(
+                batch.x, batch.topk_idx, case.num_max_tokens, case.num_experts, use_fp8=False, return_recv_hook=True
+            )
+        with torch.inference_mode(not is_call_in):
+            hook()
+        check_layout(case, batches, recv_count, handle)
+        with torch.inference_mode(is_call_in):
+            buffer = session.get_next_low_latency_combine_buffer(handle)
+        with torch.inference_mode(not is_call_in):
+            buffer.copy_(expert_outputs(case, recv_x, recv_count))
+        with torch.inference_mode(is_call_in):
+            combined, _, hook = session.low_latency_combine(
+                recv_x, batch.topk_idx, batch.topk_weights, handle, zero_copy=True, return_recv_hook=True
+            )
+        with torch.inference_mode(not is_call_in):
+            hook()
+        assert torch.equal(combined, expected_combined(case, batch, batch.x))
+        if not is_call_in:
+            # Results of a call outside of inference mode are ordinary, wherever their hook was called.
+            recv_x.zero_()
+            combined.zero_()
+
+
 def check_zero_copy_needs_its_turn() -> None:
     """A call in between takes the turn of the buffer, also of one that has been filled."""
     session, case = make_session(), uneven()

@@ -62,7 +62,7 @@ def _first_difference(opened_values: Callable[[int], list[int | None]], num_valu
         return len({value for value in opened_values(value_idx) if value is not None}) > 1
 
     kinds = {kind for kind in opened_values(0) if kind is not None}
-    if kinds & {OperationKind.COMBINE, OperationKind.BARRIER} and len(kinds) > 1:
+    if kinds & {OperationKind.COMBINE, OperationKind.BARRIER, OperationKind.REFUSAL} and len(kinds) > 1:
         # The other values are not those of one list.
         return 0
     return next((value_idx for value_idx in (*range(1, num_values), 0) if differs(value_idx)), reported_idx)

@@ -48,6 +48,8 @@ class OperationKind(enum.IntEnum):
     PLAN = 4
     # Across nodes only: in one node a barrier opens nothing.
     BARRIER = 5
+    # Across nodes only: this rank cannot take part in what the others open, and lets them know.
+    REFUSAL = 6
 
 
 class Opening(ParamsStruct):
@@ -107,8 +109,15 @@ def set_agreed(opening: Opening, fields: Sequence[AgreedField]) -> None:
 
 def _show_kind(value: int) -> str:
     # Where the rest differs too, as with a handle on some ranks only, that is named instead.
-    names = {1: "dispatch", 2: "dispatch of known counts", 3: "combine", 4: "dispatch with CPU sync", 5: "barrier"}
-    return names.get(value, f"operation {value}")
+    return next((name for kind, name in _KIND_NAMES.items() if kind == value), f"operation {value}")
 
 
+_KIND_NAMES = {
+    OperationKind.DISPATCH: "dispatch",
+    OperationKind.PLACE: "dispatch of known counts",
+    OperationKind.COMBINE: "combine",
+    OperationKind.PLAN: "dispatch with CPU sync",
+    OperationKind.BARRIER: "barrier",
+    OperationKind.REFUSAL: "refusal",
+}
 _KIND_FIELDS = {kind: AgreedField(name="operation", value=kind, show=_show_kind) for kind in OperationKind}

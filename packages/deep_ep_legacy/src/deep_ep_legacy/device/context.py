@@ -104,7 +104,8 @@ class DeviceContext:
         self._explains: list[Explain] = []
         self._launches: dict[object, PreparedLaunch] = {}
         self._order = CudaStreamOrder(self.device)
-        self._last_stream: torch.cuda.Stream | None = None
+        # Of the kernel that was launched last: its stream, the capture that it is part of, and the point behind it.
+        self._last: tuple[int, int | None, RecordedEvent] | None = None
         get_kernels((spec for family in needs for spec in family.kernels), self.device_idx)
 
     def wait_params(
@@ -157,20 +158,23 @@ class DeviceContext:
         self.log.check()
 
     def follow(self, stream: torch.cuda.Stream) -> None:
-        """Let a stream wait for the kernel that was launched last, if that was on another stream.
+        """Let a stream wait for the kernel that was launched last, if that was on another stream, and for no more.
 
         All kernels of a buffer run one after the other: they share device state, and two that wait for peers at once
-        need not fit the GPU. Called before each launch. Across the border of a capture no stream can wait for another;
-        torch waits for the device before it begins one.
+        need not fit the GPU. Called before each launch, and `launched` after it. Across the border of a capture no
+        stream can wait for another; torch waits for the device before it begins one.
         """
-        last = self._last_stream
-        if stream is last:
+        if self._last is None:
             return
-        self._last_stream = stream
-        if last is None or stream == last:
-            return
-        if self._order.capture_of(stream.cuda_stream) == self._order.capture_of(last.cuda_stream):
-            RecordedEvent(last).wait_on(stream)
+        last_stream, capture, event = self._last
+        handle = stream.cuda_stream
+        if handle != last_stream and self._order.capture_of(handle) == capture:
+            event.wait_on(stream)
+
+    def launched(self, stream: torch.cuda.Stream) -> None:
+        """Note that a kernel was launched on a stream. Called before anything else goes into the stream."""
+        handle = stream.cuda_stream
+        self._last = handle, self._order.capture_of(handle), RecordedEvent(stream)
 
     def close(self) -> None:
         """Let go of the window; a second call does nothing."""

@@ -268,6 +268,7 @@ class DeviceLatency:
 
         launch = context.launch((config, num_experts), make)
         launch(params, stream.cuda_stream)
+        context.launched(stream)
 
     def rejections_reported(self, name: str) -> AbstractContextManager[None]:
         """Nothing: peers wait on the device, and then name this rank."""

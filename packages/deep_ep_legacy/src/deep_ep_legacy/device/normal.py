@@ -344,6 +344,7 @@ class NormalDevice:
             return make_spec(), launch_shape(num_sms)
 
         self._context.launch(key, make)(params, stream.cuda_stream)
+        self._context.launched(stream)
 
     def _num_sms(self, num_sms: int) -> int:
         return min(max(num_sms, 1), self._context.max_num_sms)

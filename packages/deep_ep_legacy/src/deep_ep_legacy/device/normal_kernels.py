@@ -74,7 +74,7 @@ class RankState(ParamsStruct):
         ("num_staged", UInt32),
         ("num_pulled", UInt32),
         ("num_exited", UInt32),
-        ("padding", UInt32),
+        ("has_opened", UInt32),
     )
 
 

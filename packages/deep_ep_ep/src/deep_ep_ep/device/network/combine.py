@@ -132,11 +132,18 @@ class NetworkCombiner:
             call = args.kind.prepared = _CombineCall(context, self._facts, args)
         assert isinstance(call, _CombineCall), "a kind is of one operation"
         context.begin(call.agreed.begin(OperationKind.COMBINE, handle.dispatch_idx))
-        x, weights, metadata = _in_row_order(args, plan)
+        with context.refusing(scope.stream_handle):
+            # What is made here must live until the kernels are launched.
+            x, weights, metadata = _in_row_order(args, plan)
+            self._stage(call, handle, x, scope)
+            out, out_weights = x.new_empty(handle.num_tokens, x.size(1)), None
+            if weights is not None:
+                out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
         params = call.params
-        self._stage(call, handle, x, scope)
         params.num_tokens = handle.num_tokens
-        params.x, params.metadata = x.data_ptr(), metadata.data_ptr()
+        params.x, params.metadata, params.out = x.data_ptr(), metadata.data_ptr(), out.data_ptr()
+        if weights is not None and out_weights is not None:
+            params.weights, params.out_weights = weights.data_ptr(), out_weights.data_ptr()
         params.recv_row_ends = plan.recv_row_ends.data_ptr()
         params.expert_ends = handle.psum_num_recv_tokens_per_expert.data_ptr()
         params.topk_idx = handle.topk_idx.data_ptr()
@@ -145,11 +152,6 @@ class NetworkCombiner:
         for bias_idx, bias in enumerate(args.biases):
             # A tensor without elements has no address, and null means that there is none.
             params.biases[bias_idx] = bias.data_ptr() or None
-        out, out_weights = x.new_empty(handle.num_tokens, x.size(1)), None
-        params.out = out.data_ptr()
-        if weights is not None:
-            out_weights = weights.new_empty(handle.num_tokens, handle.num_topk)
-            params.weights, params.out_weights = weights.data_ptr(), out_weights.data_ptr()
         # The kernels before the last one need what was passed, so all of them come behind that event.
         scope.wait_before_epilogue()
         call.launch(scope.stream_handle)

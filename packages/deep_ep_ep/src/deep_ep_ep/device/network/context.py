@@ -5,15 +5,16 @@ It moves nothing: `dispatch` and `combine` do.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deep_ep_core.align import align_up
-from deep_ep_core.errors import ConfigError
+from deep_ep_core.errors import CommTimeoutError, ConfigError, RankMismatchError
 from deep_ep_core.jit import get_kernels
 from deep_ep_core.jit.structs import ParamsStruct
 from deep_ep_core.lsa_team import LsaTeam, make_lsa_team
@@ -212,6 +213,33 @@ class NetworkContext(OperationContext):
     def exchange(self, params: ParamsStruct, stream: int) -> None:
         """Open an operation: tell all ranks what `params` say, and wait for theirs. Stream: launches on it."""
         self._exchange(params, stream)
+
+    @contextlib.contextmanager
+    def refusing(self, stream: int) -> Iterator[None]:
+        """Let what fails in the block, on this rank alone, end the operation on all ranks.
+
+        For a block between the beginning of an operation and its opening, for which the others would wait. Instead of
+        it this rank opens a refusal, which they are told of as of any disagreement; the buffer works on. Not where a
+        graph is captured.
+
+        Args:
+            stream: Handle of the stream of the operation. The host waits for it where the block fails.
+        """
+        try:
+            yield
+        except Exception:
+            if not torch.cuda.is_current_stream_capturing():
+                self._refuse(stream)
+            raise
+
+    def _refuse(self, stream: int) -> None:
+        params = self.new_exchange(num_qps=1)
+        set_agreed(params.call.opening, agreed_fields(OperationKind.REFUSAL, []))
+        self.exchange(params, stream)
+        torch.cuda.synchronize(self.device)
+        # That the others came with something else is no news.
+        with contextlib.suppress(RankMismatchError, CommTimeoutError):
+            self.check()
 
     def divide_slabs(self, what: str, sizes: Sequence[int]) -> list[int]:
         """Where parts of the slabs begin in the window.

@@ -222,9 +222,10 @@ class NetworkDispatcher:
             self._begin(call, OperationKind.PLACE)
         else:
             self._begin(call, OperationKind.DISPATCH)
-        made["recv_src_metadata"] = metadata = _ints(call, sizes.num_recv, call.num_topk + 2)
-        call.local.metadata = metadata.data_ptr()
-        result = self._new_results(call, args, sizes, self._make_handle(call, args, made, sizes))
+        with self._context.refusing(stream):
+            made["recv_src_metadata"] = metadata = _ints(call, sizes.num_recv, call.num_topk + 2)
+            call.local.metadata = metadata.data_ptr()
+            result = self._new_results(call, args, sizes, self._make_handle(call, args, made, sizes))
         if args.do_cpu_sync:
             call.open(stream, has_counts=False)
         else:
@@ -243,7 +244,8 @@ class NetworkDispatcher:
         # What the first dispatch wrote stays.
         call.local.metadata = call.params.forward_table = None
         sizes = _Sizes(handle.num_recv_tokens, handle.num_expanded_tokens, handle.num_recv_tokens_per_expert_list)
-        result = self._new_results(call, args, sizes, handle)
+        with self._context.refusing(scope.stream_handle):
+            result = self._new_results(call, args, sizes, handle)
         call.open(scope.stream_handle, has_counts=False)
         self._move(call, scope)
         return result

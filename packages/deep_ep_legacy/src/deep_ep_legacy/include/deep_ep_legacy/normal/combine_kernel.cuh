@@ -182,7 +182,8 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
     const unsigned long long epoch = state->epoch + 1;
     unsigned long long round = state->round;
     const unsigned digest = handle_digest(p.rank_prefix_matrix, num_ranks, shared.peers);
-    if (blockIdx.x == 0) send_opening(p.places, p.opening, epoch, digest);
+    // The other blocks find out as they wait for this rank's opening too.
+    if (blockIdx.x == 0 && opens(p.places)) send_opening(p.places, p.opening, epoch, digest);
     bool is_right = receive_openings(p.places, p.opening, epoch, digest, shared.peers);
     // If a dispatch before has failed, its handle may be anything.
     if (__syncthreads_or(thread_idx == 0 && comm::has_expired(p.places.wait)) != 0) is_right = false;
@@ -209,7 +210,7 @@ __device__ __forceinline__ void combine(const CombineParams& p) {
         if (i + 1 == num) is_right = wait_for_round(p.places, &Flags::pulled, round, kPhasePulled);
     }
     if (leave(state) && thread_idx == 0) {
-        state->epoch = epoch;
+        if (state->has_opened != 0) state->epoch = epoch;
         if (num > 0) state->round = round;
     }
 }

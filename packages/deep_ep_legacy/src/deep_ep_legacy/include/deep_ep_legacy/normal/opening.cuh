@@ -56,6 +56,16 @@ __device__ __forceinline__ unsigned agreed_value(const Opening& opening, int idx
     return idx == kHandle ? digest : opening.agreed[idx];
 }
 
+// Whether the operation may be opened: not behind a failure of which the host has not heard yet. The hosts of the ranks
+// hear of it before different calls, and a call of which a host has heard launches nothing. So an operation behind a
+// failure sends nothing and counts for nothing, and the ranks' epochs stay alike. Called by all threads of a block; the
+// answer of the first block holds for the operation. Another block may see a failure that came meanwhile.
+[[nodiscard]] __device__ __forceinline__ bool opens(const Places& p) {
+    const bool is_open = __syncthreads_or(threadIdx.x == 0 && comm::has_expired(p.wait)) == 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.state->has_opened = is_open;
+    return is_open;
+}
+
 // Sends this rank's opening to all ranks of the team, this one included. Called by all threads of one block.
 __device__ __forceinline__ void send_opening(const Places& p, const Opening& opening, unsigned long long epoch,
                                              unsigned digest) {

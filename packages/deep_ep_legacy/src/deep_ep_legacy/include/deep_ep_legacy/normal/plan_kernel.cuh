@@ -103,6 +103,12 @@ __device__ __forceinline__ void count_tokens(const DispatchParams& p, int dst, u
                            static_cast<unsigned>(p.num_tokens_per_expert[dst * num_local_experts + local]), epoch);
 }
 
+// What a rank says of the tokens that it sends to another one.
+struct Claim {
+    int peer, dst;            // the two ranks; peer is negative where there is no claim
+    unsigned count, claimed;  // by its routing, and by its `num_tokens_per_rank`
+};
+
 // Receives the counts of all ranks, behind their openings. Called by all threads of one block. False, in all of them
 // and on all ranks, if the counts are wrong; that is in the record.
 [[nodiscard]] __device__ __forceinline__ bool receive_counts(const DispatchParams& p, unsigned long long epoch,
@@ -111,14 +117,15 @@ __device__ __forceinline__ void count_tokens(const DispatchParams& p, int dst, u
     const int num_each = num_ranks + num_local_experts, thread_idx = static_cast<int>(threadIdx.x);
     for (int local = thread_idx; local < num_local_experts; local += kNumThreads) shared.num_selections[local] = 0;
     __syncthreads();
-    bool is_right = true;
+    bool has_come = true;
+    Claim wrong{-1, 0, 0, 0};
     for (int i = thread_idx; i < num_ranks * num_each; i += kNumThreads) {
         const int sender = i / num_each, place = i % num_each;
         const int peer = comm::group_rank(p.places.team, sender);
         const comm::ReceivedMessage message = comm::wait_message(
             &count_slots(p.places, p.places.team.rank, sender, epoch)[place], epoch, p.places.wait, kPhaseCount, peer);
         if (!message.has_come) {
-            is_right = false;
+            has_come = false;
             break;
         }
         const unsigned count = static_cast<unsigned>(message.payload);
@@ -128,11 +135,15 @@ __device__ __forceinline__ void count_tokens(const DispatchParams& p, int dst, u
         }
         shared.num_sent[sender * num_ranks + place] = static_cast<int>(count);
         const unsigned claimed = static_cast<unsigned>(message.payload >> 32);
-        if (claimed == count) continue;
-        // The rank that is counted stands where a wait would tell its length.
-        comm::report_timeout(p.places.wait, kPhaseClaim, peer, count, claimed, static_cast<unsigned>(place));
-        is_right = false;
+        if (claimed != count) wrong = Claim{peer, place, count, claimed};
     }
+    // Only now: blocks of this rank that saw a report would not send their counts, which peers wait for.
+    if (__syncthreads_and(has_come) == 0) return false;
+    bool is_right = wrong.peer < 0;
+    // The rank that is counted stands where a wait would tell its length.
+    if (!is_right)
+        comm::report_timeout(p.places.wait, kPhaseClaim, wrong.peer, wrong.count, wrong.claimed,
+                             static_cast<unsigned>(wrong.dst));
     if (__syncthreads_and(is_right) == 0) return false;
     for (int dst = thread_idx; dst < num_ranks; dst += kNumThreads) {
         int end = 0;
@@ -170,16 +181,21 @@ __device__ __forceinline__ void tell_counts(const DispatchParams& p, const PlanS
 template <DispatchConfig kConfig>
 __device__ __forceinline__ void plan_dispatch(const DispatchParams& p) {
     __shared__ PlanShared shared;
-    const unsigned long long epoch = p.places.state->epoch + 1;
-    if (blockIdx.x == 0) send_opening(p.places, p.opening, epoch, 0);
-    for (int dst = static_cast<int>(blockIdx.x); dst < p.places.team.num_ranks; dst += static_cast<int>(gridDim.x))
-        count_tokens(p, dst, epoch, shared.warp_sums);
-    if (blockIdx.x == 0 && receive_openings(p.places, p.opening, epoch, 0, shared.peers) &&
-        receive_counts(p, epoch, shared))
-        tell_counts(p, shared);
-    // The host makes the results meanwhile.
-    stage_tokens<typename IndexOf<kConfig.is_idx64>::Type>(p, 0);
-    if (leave(p.places.state) && threadIdx.x == 0) p.places.state->epoch = epoch;
+    RankState* state = p.places.state;
+    const unsigned long long epoch = state->epoch + 1;
+    // Counts that belong to no opening would be taken for those of the next one. A block may see a failure that the
+    // first one has found meanwhile: then no rank receives counts, or this rank has sent all, see `receive_counts`.
+    if (opens(p.places)) {
+        if (blockIdx.x == 0) send_opening(p.places, p.opening, epoch, 0);
+        for (int dst = static_cast<int>(blockIdx.x); dst < p.places.team.num_ranks; dst += static_cast<int>(gridDim.x))
+            count_tokens(p, dst, epoch, shared.warp_sums);
+        if (blockIdx.x == 0 && receive_openings(p.places, p.opening, epoch, 0, shared.peers) &&
+            receive_counts(p, epoch, shared))
+            tell_counts(p, shared);
+        // The host makes the results meanwhile.
+        stage_tokens<typename IndexOf<kConfig.is_idx64>::Type>(p, 0);
+    }
+    if (leave(state) && threadIdx.x == 0 && state->has_opened != 0) state->epoch = epoch;
 }
 
 }  // namespace deep_ep_legacy::normal

@@ -190,7 +190,8 @@ __device__ __forceinline__ void fill_rest(const DispatchParams& p, const PullSha
     const int num_ranks = p.places.team.num_ranks, thread_idx = static_cast<int>(threadIdx.x);
     if (p.repeats) {
         const unsigned digest = handle_digest(p.rank_prefix_matrix, num_ranks, shared.peers);
-        if (blockIdx.x == 0) send_opening(p.places, p.opening, epoch, digest);
+        // The other blocks find out as they wait for this rank's opening too.
+        if (blockIdx.x == 0 && opens(p.places)) send_opening(p.places, p.opening, epoch, digest);
         if (!receive_openings(p.places, p.opening, epoch, digest, shared.peers)) return false;
     } else {
         for (int rank = thread_idx; rank < num_ranks; rank += kNumThreads)
@@ -238,7 +239,7 @@ __device__ __forceinline__ void pull_dispatch(const DispatchParams& p) {
     }
     if (is_right && !p.repeats) fill_rest<Index>(p, shared);
     if (leave(state) && threadIdx.x == 0) {
-        state->epoch = epoch;
+        if (state->has_opened != 0) state->epoch = epoch;
         if (num > 0) state->round = round;
     }
 }

@@ -35,7 +35,7 @@ struct RankState {
     unsigned num_staged;                 // blocks that are done with staging, in this round
     unsigned num_pulled;                 // blocks that are done with pulling, in this round
     unsigned num_exited;                 // blocks that have left the kernel that runs
-    unsigned padding;
+    unsigned has_opened;                 // whether the operation that runs was opened; see `opens`
 };
 
 // Words that peers write, in each rank's window; they only grow. Mirrored likewise.
