@@ -51,6 +51,8 @@ def agreed_by_call(session_idx: int, regions: Sequence[Region]) -> list[AgreedFi
     fields.append(
         AgreedField(name="list of shapes", value=code, show=lambda value: shown if value == code else "others")
     )
+    # Not the same where a call has failed on one rank behind the meeting of the ranks.
+    fields.append(AgreedField(name="place in the session", value=regions[0].offset if regions else 0))
     return fields
 
 
@@ -62,5 +64,5 @@ def digest_of_call(operation: str, session_idx: int, regions: Sequence[Region]) 
         session_idx: Number of the session.
         regions: As in `agreed_by_call`.
     """
-    kinds = [(region.shape, region.dtype) for region in regions]
+    kinds = [(region.offset, region.shape, region.dtype) for region in regions]
     return zlib.crc32(repr((operation, session_idx, kinds)).encode())

@@ -69,5 +69,8 @@ class Backend(Protocol):
     def report_rejection(self, call: str, reason: str) -> None:
         """Tell the peers that this rank refuses a call, if there is a way to."""
 
+    def abandon(self) -> None:
+        """Wait for no peer any more, on the host or in streams: what is under way is undefined. Before `close`."""
+
     def close(self) -> None:
         """Release what the backend holds; not collective, may be called more than once."""

@@ -376,6 +376,9 @@ class ContextBuffer:
     def close(self) -> None:
         """Release the buffer; a second call does nothing. Tensors that live stay valid.
 
+        The host waits until this rank's streams are through their waits for peers. Leaving a `with` block by an error
+        waits for no peer instead; what was under way is undefined then.
+
         Collective: no, safe in any order and at exit.
         """
         if self._backend is not None:
@@ -389,6 +392,9 @@ class ContextBuffer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if exc_type is not None and self._backend is not None:
+            # The peers may never come now, and what went wrong should be seen at once.
+            self._backend.abandon()
         self.close()
 
     def __repr__(self) -> str:

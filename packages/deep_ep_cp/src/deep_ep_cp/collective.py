@@ -83,5 +83,8 @@ class CollectiveBackend:
         """Tell the peers that this rank refuses a call."""
         self._transport.report_rejection(call, reason)
 
+    def abandon(self) -> None:
+        """Nothing waits: calls have returned."""
+
     def close(self) -> None:
         """Nothing is held: the group belongs to the caller, and the memory to the tensors that view it."""

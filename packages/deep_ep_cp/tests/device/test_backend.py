@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from deep_ep_core.errors import CommTimeoutError, RankMismatchError, TransportError
+from deep_ep_cp import ContextBuffer
 from deep_ep_cp.backend import SessionCall
 from deep_ep_cp.region import Region
-from deep_ep_cp.session import SessionConfig
+from deep_ep_cp.session import Session, SessionConfig
 
 
 def make_call(tensors, num_ranks, *, shapes=None, offset=32, is_in_place=None, session_idx=1):
@@ -92,7 +95,14 @@ def test_ranks_that_agree_are_not_asked(make_ranks):
 
 
 @pytest.mark.parametrize(
-    "other", [{"session_idx": 2}, {"tensors": [torch.zeros(3).int()]}, {"tensors": [torch.zeros(3), torch.zeros(3)]}]
+    "other",
+    [
+        {"session_idx": 2},
+        {"tensors": [torch.zeros(3).int()]},
+        {"tensors": [torch.zeros(3), torch.zeros(3)]},
+        # As where a call has failed on one rank behind the meeting.
+        {"offset": 64},
+    ],
 )
 def test_ranks_that_came_with_other_calls_are_asked_and_told_the_field(make_ranks, other):
     first, last = make_ranks(2)
@@ -131,6 +141,22 @@ def test_a_digest_that_has_not_come_is_no_disagreement(make_ranks):
     assert first._transport.opened == []
 
 
+def test_a_rank_that_was_given_up_is_told_so(make_ranks):
+    """Its peer is at a later meeting, which takes this rank's absence, and does not answer."""
+    first, last = make_ranks(2)
+    last._transport.error = CommTimeoutError("nobody answers", phase="all_gather", rank=1, peers=[0])
+    for _ in range(3):
+        first.all_gather(make_call([torch.zeros(3)], 2))
+    last.all_gather(make_call([torch.zeros(3)], 2))
+    for _ in range(2):
+        with pytest.raises(
+            CommTimeoutError, match="rank 1 must come within the timeout of its peers, but rank 0 gave"
+        ) as e:
+            last.check()
+        assert (e.value.phase, list(e.value.peers)) == ("all_gather in session 1", [0])
+    assert len(last._transport.opened) == 1
+
+
 def test_what_stops_the_question_is_told_from_then_on(make_ranks):
     first, last = make_ranks(2)
     last._transport.error = TransportError("the group is gone")
@@ -148,3 +174,15 @@ def test_a_configuration_is_compared_on_the_host(make_ranks):
     assert backend._transport.opened == [
         ("agrs_set_config", ["num_max_session_bytes", "num_max_all_gathers_per_session"])
     ]
+
+
+def test_leaving_by_an_error_waits_for_no_peer(make_ranks):
+    """`ContextBuffer` abandons in front of closing; otherwise it only closes."""
+    for error, is_abandoned in ((None, False), (KeyError("what went wrong"), True)):
+        (backend,) = make_ranks(1)
+        buffer = object.__new__(ContextBuffer)
+        buffer._backend, buffer._session = backend, Session(rank=0, num_ranks=1)
+        with contextlib.suppress(KeyError), buffer:
+            if error is not None:
+                raise error
+        assert backend._signals.is_abandoned == is_abandoned

@@ -98,6 +98,10 @@ class DeviceBackend:
         """Leave word for peers that wait on the host; those whose streams wait name this rank without its reason."""
         self._transport.report_rejection(call, reason)
 
+    def abandon(self) -> None:
+        """Set this rank's streams free from their waits; what they were to receive is undefined."""
+        self._signals.abandon()
+
     def close(self) -> None:
         """Let go of the window, once this rank's streams are through their waits; not collective, may be repeated."""
         self._signals.close()
