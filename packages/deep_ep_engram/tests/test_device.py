@@ -92,6 +92,14 @@ def test_wrong_indices_are_told_later_and_harm_nothing(ranks, memory, shape):
         assert set(told) == {*found, "next fetch", "close"}
 
 
+def test_a_wrong_index_of_one_rank_does_not_stop_a_write(ranks, memory, shape):
+    *others, told = ranks.run(engram_device_failures.write_after_wrong_index, memory)
+    assert others == [None] * (shape[0] - 1)
+    num_entries = 20 * shape[0]
+    assert f"indices must lie in [0, {num_entries}), the entries of all ranks" in told
+    assert f"{num_entries} at [2, 1] of engram_fetch #1" in told
+
+
 def test_a_write_that_cannot_be_is_refused(ranks, memory):
     for told in ranks.run(engram_device_failures.write_elsewhere, memory):
         assert "engram_write must be called outside of a CUDA graph" in told["captured"]

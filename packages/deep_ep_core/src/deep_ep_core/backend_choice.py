@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep_core.domains import remember_topology
-from deep_ep_core.errors import CompileError, ConfigError, DeepEPError, TopologyError, TransportError
+from deep_ep_core.errors import CompileError, ConfigError, TopologyError, TransportError
 from deep_ep_core.transport import AgreedField, CollectiveTransport
 
 if TYPE_CHECKING:
@@ -179,27 +179,37 @@ def count_gpu_ranks(transport: CollectiveTransport, device: torch.device) -> int
     return sum(values[0] == gpu_id for values in operation.peer_values)
 
 
-def open_together(transport: CollectiveTransport, make: Callable[[], _Closable]) -> _Closable:
+def open_together(
+    transport: CollectiveTransport, make: Callable[[], _Closable], *, must: str = OPEN_DEVICE
+) -> _Closable:
     """Make what the device backend needs on all ranks, or on none: none begins to use what another one lacks.
 
     Args:
         transport: Row exchanges of the group, with an operation `OPEN_DEVICE`.
         make: Makes it on this rank. It is closed again where another rank failed.
+        must: What all ranks must do, for the message to those that could.
 
     Raises:
-        TransportError: Another rank failed.
-        Whatever `make` raised on this rank, of `TransportError`, `TopologyError`, `CompileError` and `ConfigError`.
+        TransportError: Another rank failed, or could not be heard.
+        Whatever `make` raised on this rank, once the others have been told that it did.
 
     Collective: yes.
     """
     made: _Closable | None = None
-    failure: DeepEPError | None = None
+    failure: Exception | None = None
     try:
         made = make()
-    except _REFUSALS as error:
+    except Exception as error:
         # Told to the others before it is raised.
         failure = error
-    ready = transport.begin(OPEN_DEVICE, [], [[int(failure is None)]] * transport.num_ranks)
+    try:
+        ready = transport.begin(OPEN_DEVICE, [], [[int(failure is None)]] * transport.num_ranks)
+    except TransportError as error:
+        if made is not None:
+            made.close()
+        if failure is not None:
+            raise failure from error
+        raise
     if made is not None and all(values[0] for values in ready.peer_values):
         return made
     if made is not None:
@@ -208,7 +218,7 @@ def open_together(transport: CollectiveTransport, make: Callable[[], _Closable])
         raise failure
     missing = [rank for rank, values in enumerate(ready.peer_values) if not values[0]]
     raise TransportError(
-        f"all ranks must open the device backend (got a failure on rank {', '.join(map(str, missing))}, seen on rank "
+        f"all ranks must {must} (got a failure on rank {', '.join(map(str, missing))}, seen on rank "
         f"{transport.rank}); the error of that rank says why"
     )
 

@@ -179,8 +179,8 @@ class EngramTable:
         Raises:
             ConfigError: An argument cannot be taken; raised before anything is sent. On the device backend the host
                 does not look at the values of the indices: a kernel gives zeros for one that is out of range, and the
-                error is raised, once, by the first hook or call of this table that finds the kernel's report, `close`
-                at the latest.
+                error is raised, once, by the first hook or fetch of this table after the kernel's report, `close` at
+                the latest. A write in between goes on: its peers wait for it.
             RankMismatchError: Ranks called different operations.
             CommTimeoutError: A rank died or is late.
 

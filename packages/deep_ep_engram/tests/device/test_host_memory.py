@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import engram_host_memory
+import torch
 
 
 def test_each_rank_reads_what_the_others_fill_in(rank_pool):
     for calls in rank_pool(4).run(engram_host_memory.check_shared):
         assert calls[:8] == ["cuMemHostRegister", "cuMemHostGetDevicePointer"] * 4
-        assert calls[8:] == ["synchronize", *["cuMemHostUnregister"] * 4]
+        assert calls[8:] == ["synchronize", *["wait for cpu", "cuMemHostUnregister"] * 4]
+
+
+def test_pages_that_are_dropped_go_once_the_device_is_done():
+    """A kernel may still read them."""
+    calls = engram_host_memory.drop_a_mapped_segment(torch.device("cuda", 3))
+    assert calls[2:] == ["wait for cuda:3", "cuMemHostUnregister"]
 
 
 def test_ranks_of_other_machines_are_named(rank_pool):

@@ -279,6 +279,7 @@ def main() -> None:
             *CHECKS,
             graph,
             engram_device_failures.fetch_out_of_range,
+            engram_device_failures.write_after_wrong_index,
             engram_device_failures.write_elsewhere,
         ):
             checks.append((check.__name__, memory, lambda check=check, memory=memory: check(memory)))

@@ -64,6 +64,28 @@ def fetch_out_of_range(memory: str) -> dict[str, str | None]:
     return told
 
 
+def write_after_wrong_index(memory: str) -> str | None:
+    """Only the last rank fetches a wrong index before all write; returns what its next fetch is told."""
+    rank, is_last = dist.get_rank(), dist.get_rank() == dist.get_world_size() - 1
+    with on_device(memory), make_table() as table:
+        first = Whole(counts=even_counts(), hidden=24)
+        first.write(table)
+        bad = first.random_indices(4, 2, random.Random(rank))
+        bad[2, 1] = sum(first.counts)
+        if is_last:
+            table.engram_fetch(bad)
+        second = Whole(counts=even_counts(23), hidden=24, seed=5)
+        second.write(table)
+        good = second.random_indices(4, 2, random.Random(rank))
+        told = told_by(lambda: table.engram_fetch(good))
+        assert (told is not None) == is_last, told
+        # In range by now.
+        for indices in (good, bad):
+            fetch_and_check(table, second, indices)
+        dist.barrier()
+    return told
+
+
 def write_elsewhere(memory: str) -> dict[str, str | None]:
     """Writes that the backend refuses, and what is said; the table is as it was."""
     with on_device(memory), make_table() as table:

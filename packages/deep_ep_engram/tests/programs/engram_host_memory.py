@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from unittest import mock
 
@@ -35,6 +36,7 @@ def without_driver() -> Iterator[list[str]]:
 
     with (
         mock.patch.object(host_memory, "driver_call", call),
+        mock.patch.object(host_memory, "wait_for_device", lambda device: calls.append(f"wait for {device}")),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         mock.patch.object(torch.cuda, "synchronize", side_effect=lambda _: calls.append("synchronize")),
     ):
@@ -57,6 +59,17 @@ def check_shared() -> list[str]:
         dist.barrier()
         storage.close()
         storage.close()
+    return calls
+
+
+def drop_a_mapped_segment(device: torch.device) -> list[str]:
+    """Without `close`, as where a table is dropped; returns the calls, made with the device current."""
+    with without_driver() as calls, tempfile.TemporaryFile() as file:
+        file.truncate(NUM_BYTES)
+        segment = host_memory.HostSegment(file.fileno(), NUM_BYTES)
+        segment.register(device)
+        del segment
+        torch.cuda.device.assert_called_once_with(device)
     return calls
 
 

@@ -135,10 +135,12 @@ class PipelineBuffer:
             num_max_inflight_tensors: W, most messages on their way from one rank to another, at least 1.
 
         Raises:
-            ConfigError: An argument cannot be taken, the buffer is too small, or a message was not received.
+            ConfigError: An argument cannot be taken, the buffer is too small, or a message was not received. On the
+                device backend also: a message that this rank received before had other sizes.
             RankMismatchError: Ranks passed different arguments.
             CommTimeoutError: A rank did not take part.
-            TransportError: An earlier call failed, or there is not enough memory for the slots.
+            TransportError: An earlier call failed, there is not enough memory for the slots, or another rank was told
+                of a message of other sizes.
 
         Collective: yes. Stream: the host waits until all messages have been taken, in whatever streams they are.
         """

@@ -244,7 +244,7 @@ def test_random_messages_arrive_to_the_bit_in_any_order_of_streams(num_ranks, te
             assert [read(part) for part in parts] == payloads
         for receipts in world.receipts:
             assert receipts.next_wrong() is None
-            assert not receipts.are_pending
+            assert not receipts.are_awaited
         world.kept_alive.clear()
 
 

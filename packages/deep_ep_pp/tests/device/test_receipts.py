@@ -25,12 +25,12 @@ def test_a_receipt_is_done_when_its_last_word_is_there():
         receipt.words[idx] = words[idx]
         assert not receipt.is_done
     assert receipts.next_wrong() is None
-    assert receipts.are_pending
+    assert receipts.are_awaited
     receipt.words[1] = words[1]
     assert receipt.is_done
     assert receipt.is_right
     assert receipts.next_wrong() is None
-    assert not receipts.are_pending
+    assert not receipts.are_awaited
 
 
 def test_each_wrong_message_is_told_once_and_sources_do_not_wait_for_each_other():
@@ -43,7 +43,7 @@ def test_each_wrong_message_is_told_once_and_sources_do_not_wait_for_each_other(
     assert receipts.next_wrong() is wrong[0]
     assert receipts.next_wrong() is wrong[2]
     assert receipts.next_wrong() is None
-    assert receipts.are_pending
+    assert receipts.are_awaited
 
 
 def test_a_row_is_used_again_when_the_next_message_of_its_source_has_come_and_then_it_is_empty():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deep_ep_core.backend_choice import Closable, count_gpu_ranks, open_together
-from deep_ep_core.errors import TopologyError, TransportError
+from deep_ep_core.errors import ConfigError, TopologyError, TransportError
 from deep_ep_core.nccl import Communicator
 from deep_ep_core.refusals import rejected
 from deep_ep_core.stream import CommScope, EventHandle, StreamOptions
@@ -75,6 +75,8 @@ class DeviceBackend:
         self._num_fetches = 0
         # Fetches that wait for the network, the oldest first.
         self._under_way: list[_DeviceFetch] = []
+        # What a write has found about earlier fetches, for the next fetch, hook or `close` to raise.
+        self._unsaid: ConfigError | None = None
         self._is_closed = False
 
     @property
@@ -91,7 +93,12 @@ class DeviceBackend:
         self._check_write(args.storage)
         row_bytes = args.storage.size(1) * args.storage.element_size()
         self._fetcher.prepare(row_bytes)
-        self._finish_fetches()
+        try:
+            self._finish_fetches()
+        except ConfigError as error:
+            # Of fetches of this rank alone, and peers must not wait for it: the next fetch, hook or `close` tells. Kept
+            # without its frames, which hold the entries of `args`.
+            self._unsaid = error.with_traceback(None)
         # Whoever is here has finished its fetches, so behind it no one reads the table.
         shape = agree_on_write(self._transport, args)
         self._is_half_written = True
@@ -154,10 +161,12 @@ class DeviceBackend:
     def complete(self, request: FetchRequest, gets: Gets) -> None:
         """Bring what was asked for over the network to its place, on the current stream."""
         assert self._network is not None, "something was asked for"
-        stream = torch.cuda.current_stream(self._device)
-        self._network.wait(gets, stream.cuda_stream)
-        self._fetcher.launch(request, stream.cuda_stream, gets.staged)
-        gets.record_stream(stream)
+        # The handle of the default stream names that of the current device.
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device)
+            self._network.wait(gets, stream.cuda_stream)
+            self._fetcher.launch(request, stream.cuda_stream, gets.staged)
+            gets.record_stream(stream)
         self._under_way = [fetch for fetch in self._under_way if fetch.request is not request]
 
     def check(self) -> None:
@@ -169,6 +178,9 @@ class DeviceBackend:
         """
         if self._network is not None:
             self._network.check()
+        unsaid, self._unsaid = self._unsaid, None
+        if unsaid is not None:
+            raise unsaid
         self._fetcher.check()
 
     def report_rejection(self, operation: str, reason: str) -> None:
@@ -244,11 +256,13 @@ class _DeviceFetch:
 
     def complete(self) -> None:
         """Put what is left to do for the network's entries on the current stream, once."""
-        gets, self._gets = self._gets, None
+        gets = self._gets
         if gets is None:
             return
         self._event.current_stream_wait()
         self._backend.complete(self.request, gets)
+        # Not before: where that raises, the entries are still to come.
+        self._gets = None
         _record(self.request)
         self._event = EventHandle(self.request.data.device)
 

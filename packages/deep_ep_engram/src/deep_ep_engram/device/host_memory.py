@@ -19,6 +19,7 @@ import torch
 from deep_ep_core.backend_choice import OPEN_DEVICE, open_together
 from deep_ep_core.errors import TopologyError, TransportError
 from deep_ep_core.jit.driver import driver_call
+from deep_ep_core.nccl.communicator import wait_for_device
 from deep_ep_core.topology import host_identity
 from deep_ep_core.transport import CollectiveTransport
 
@@ -54,8 +55,11 @@ class HostSegment:
             ) from error
         self._unregister: weakref.finalize[..., HostSegment] | None = None
 
-    def register(self) -> int:
-        """Lock the pages and map them for the current CUDA device.
+    def register(self, device: torch.device) -> int:
+        """Lock the pages and map them for a CUDA device, until `close` or until nothing refers to this any more.
+
+        Args:
+            device: The device, which is the current one.
 
         Returns:
             Their address on the device.
@@ -65,20 +69,26 @@ class HostSegment:
         """
         address = self.bytes.data_ptr()
         driver_call("cuMemHostRegister", address, self.bytes.numel(), _REGISTER_FLAGS)
-        self._unregister = weakref.finalize(self, _unregister, address, self.bytes)
+        self._unregister = weakref.finalize(self, _unregister, address, self.bytes, device)
         # At exit the driver goes with the process.
         self._unregister.atexit = False
         return int(driver_call("cuMemHostGetDevicePointer", address, 0))
 
     def close(self) -> None:
-        """Take the pages back from the driver; may be called again. The memory goes with its last tensor."""
+        """Take the pages back from the driver, once the device has done what it was given; may be called again.
+
+        The memory goes with its last tensor.
+        """
         if self._unregister is not None:
             self._unregister()
 
 
-def _unregister(address: int, keep: torch.Tensor) -> None:
-    # Where the driver has gone before, so has the mapping.
-    with contextlib.suppress(TransportError):
+def _unregister(address: int, keep: torch.Tensor, device: torch.device) -> None:
+    # This runs wherever the last reference goes, under kernels that still read and in threads that never used CUDA: the
+    # wait is for the kernels, and makes the device's context that of the thread. Where the driver has gone before, so
+    # has the mapping.
+    with contextlib.suppress(TransportError, RuntimeError), torch.cuda.device(device):
+        wait_for_device(device)
         driver_call("cuMemHostUnregister", address)
     del keep
 
@@ -180,7 +190,7 @@ def _map_all(rank: int, peer_values: list[list[int]], device: torch.device, num_
         with torch.cuda.device(device):
             for peer, (_, pid, fd, nonce) in enumerate(peer_values):
                 segments.append(_map_of(rank, peer, f"/proc/{pid}/fd/{fd}", nonce, num_bytes))
-                addresses.append(segments[-1].register())
+                addresses.append(segments[-1].register(device))
     except TransportError:
         for segment in segments:
             segment.close()

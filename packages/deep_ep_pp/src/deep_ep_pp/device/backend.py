@@ -5,6 +5,7 @@ The protocol of a message is in `lanes`, the ways to a peer in `links`, the plac
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -31,6 +32,9 @@ from deep_ep_pp.sizing import PipelineConfig
 __all__ = ["DeviceBackend", "open_device_backend"]
 
 _POLL_S = 20e-6
+
+# By peer: the stream of the last message, and the point right behind it there.
+_Ends = dict[int, tuple[torch.cuda.Stream, RecordedEvent]]
 
 
 class DeviceBackend:
@@ -65,9 +69,9 @@ class DeviceBackend:
         self._network: GinNetwork | None = None
         self._lanes: dict[int, Lane] = {}
         self._receipts = Receipts(is_pinned=True)
-        # Streams of the last message by peer, for sends and for receives: these go one behind the other.
-        self._send_streams: dict[int, torch.cuda.Stream] = {}
-        self._recv_streams: dict[int, torch.cuda.Stream] = {}
+        # The sends to a peer go one behind the other, and so do the receives from it.
+        self._send_ends: _Ends = {}
+        self._recv_ends: _Ends = {}
         with torch.cuda.device(device):
             self._own_stream = torch.cuda.Stream(device)
             self._words = SymmetricMemory(communicator, regions=word_regions(self._num_ranks), heap_bytes=0)
@@ -78,10 +82,12 @@ class DeviceBackend:
 
     def configure(self, config: PipelineConfig) -> None:
         """As `Backend.configure`. Stream: the host waits until messages that are on their way have been taken."""
-        self._begin()
+        self._ledger.begin()
+        self._check_waits()
         self._ledger.agree(config)
-        # All that was sent is received by some stream; slots change once that is done, on all ranks.
-        self.flush()
+        # All that was sent is received by some stream; slots change once that is done, on all ranks. Sizes are compared
+        # here. A step of its own: the next one is collective, and may return the slots in use.
+        open_together(self._ledger.transport, self._flushed, must="have taken their messages")
         layout = SlotLayout.of(
             config, rank=self._rank, num_ranks=self._num_ranks, has_stage=self._communicator.needs_gin
         )
@@ -111,10 +117,11 @@ class DeviceBackend:
         operation, number = self._ledger.next_send(dst), self._ledger.num_sent[dst] + 1
         with torch.cuda.device(self._device):
             try:
-                stream = self._follow(self._send_streams, dst)
+                stream = self._follow(self._send_ends, dst)
                 # What lies elsewhere goes through this GPU's memory.
                 staged = [tensor if self._is_here(tensor) else as_bytes(tensor).to(self._device) for tensor in tensors]
-                self._lanes[dst].send(stream, number, _parts(staged), operation=operation)
+                self._lanes[dst].send(stream.cuda_stream, number, _parts(staged), operation=operation)
+                self._send_ends[dst] = stream, RecordedEvent(stream)
             except CommTimeoutError as error:
                 self._fail(error)
         self._ledger.num_sent[dst] = number
@@ -129,9 +136,10 @@ class DeviceBackend:
                 for tensor in tensors
             ]
             try:
-                stream = self._follow(self._recv_streams, src)
+                stream = self._follow(self._recv_ends, src)
                 receipt = self._receipts.make(operation, src, number, [tensor.nbytes for tensor in tensors])
-                self._lanes[src].recv(stream, _parts(staged), receipt)
+                self._lanes[src].recv(stream.cuda_stream, _parts(staged), receipt)
+                self._recv_ends[src] = stream, RecordedEvent(stream)
             except CommTimeoutError as error:
                 self._fail(error)
         self._ledger.num_received[src] = number
@@ -158,7 +166,7 @@ class DeviceBackend:
         """
         if self._ledger.has_failed:
             return
-        # Sizes are compared below: what was sent is to be taken first, whatever was received.
+        # Sizes are compared last: messages that are right are to be taken, and credits given, whatever was received.
         self._ledger.begin()
         self._check_waits()
         stream = self._own_stream
@@ -170,14 +178,15 @@ class DeviceBackend:
             except CommTimeoutError as error:
                 self._fail(error)
             self._wait_on_host(stream.query)
-            self._wait_on_host(self._are_receipts_compared)
+            self._wait_on_host(lambda: not self._receipts.are_awaited)
             if self._network is not None:
                 # Credits to ranks that go on must be out before the network goes.
-                for followed in self._recv_streams.values():
-                    stream.wait_stream(followed)
+                for _, end in self._recv_ends.values():
+                    end.wait_on(stream)
                 self._network.drain(stream.cuda_stream)
                 self._wait_on_host(stream.query)
         self._has_waits = False
+        self._check_next_receipt()
 
     def close(self) -> None:
         """As `Backend.close`. Streams that wait for a peer go on; what they were to receive is undefined."""
@@ -198,15 +207,23 @@ class DeviceBackend:
         """Look whether a call can be made, and tell what the device found out since the last one. No CUDA call."""
         self._ledger.begin()
         self._check_waits()
-        receipt = self._receipts.next_wrong()
-        if receipt is not None:
-            self._check_receipt(receipt)
+        self._check_next_receipt()
+
+    def _flushed(self) -> contextlib.ExitStack:
+        self.flush()
+        # There is nothing to close.
+        return contextlib.ExitStack()
 
     def _check_waits(self) -> None:
         try:
             self._signals.check()
         except CommTimeoutError as error:
             self._fail(error)
+
+    def _check_next_receipt(self) -> None:
+        receipt = self._receipts.next_wrong()
+        if receipt is not None:
+            self._check_receipt(receipt)
 
     def _check_receipt(self, receipt: Receipt) -> None:
         header = receipt.header
@@ -218,12 +235,6 @@ class DeviceBackend:
             self._ledger.fail(receipt.operation, receipt.src, _overwritten(receipt))
         remedy = "the message is lost, and what was received into is undefined; make both ranks agree"
         raise self._ledger.other_sizes(receipt.operation, header.sizes, receipt.given, remedy)
-
-    def _are_receipts_compared(self) -> bool:
-        receipt = self._receipts.next_wrong()
-        if receipt is not None:
-            self._check_receipt(receipt)
-        return not self._receipts.are_pending
 
     def _wait_on_host(self, is_done: Callable[[], bool]) -> None:
         """Wait until something has happened in a stream; all waits there have deadlines."""
@@ -240,17 +251,17 @@ class DeviceBackend:
     def _is_here(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self._device
 
-    def _follow(self, streams: dict[int, torch.cuda.Stream], peer: int) -> int:
+    def _follow(self, ends: _Ends, peer: int) -> torch.cuda.Stream:
         """The current stream, behind the message before: the counts in words must grow, whatever stream writes them."""
         stream = current_stream(self._device_idx)
         # Refuses a stream that a graph captures, before anything is enqueued.
         self._signals.check_usable(stream.cuda_stream)
         self._has_waits = True
-        last = streams.get(peer)
-        if last is not None and last is not stream:
-            RecordedEvent(last).wait_on(stream)
-        streams[peer] = stream
-        return stream.cuda_stream
+        last = ends.get(peer)
+        if last is not None and last[0] is not stream:
+            # Not for what came on that stream since, which may wait for the message that is made now.
+            last[1].wait_on(stream)
+        return stream
 
     def _fitting_slots(self, layout: SlotLayout) -> SymmetricMemory:
         """The memory for a layout: that of the configuration before if it is large enough, on all ranks alike."""

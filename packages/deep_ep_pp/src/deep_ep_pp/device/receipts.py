@@ -92,9 +92,9 @@ class Receipts:
         self._pending.setdefault(receipt.src, deque()).append(receipt)
 
     @property
-    def are_pending(self) -> bool:
-        """Whether a message is still awaited or not compared."""
-        return any(self._pending.values())
+    def are_awaited(self) -> bool:
+        """Whether a message has not come yet."""
+        return any(not receipt.is_done for receipts in self._pending.values() for receipt in receipts)
 
     def next_wrong(self) -> Receipt | None:
         """The next receipt whose message came and is not what was asked for. Each is told once."""
