@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 
+from deep_ep_core import raw_tensor
 from deep_ep_core.raw_tensor import tensor_over
 
 CPU = torch.device("cpu")
@@ -113,6 +114,15 @@ def test_a_tensor_may_die_in_any_thread():
     thread.start()
     thread.join()
     assert names == [thread.ident]
+
+
+def test_another_default_device_changes_nothing():
+    """Even where the first tensor of a dtype is made under it."""
+    memory = Memory()
+    raw_tensor._type_code.cache_clear()
+    with torch.device("meta"):
+        tensor = tensor_over(memory.address, 64, CPU, memory, shape=(4,), dtype=torch.int16)
+    assert (tensor.device, tensor.data_ptr(), tensor.dtype) == (CPU, memory.address, torch.int16)
 
 
 def test_a_tensor_may_die_while_an_exception_is_under_way():

@@ -121,7 +121,8 @@ def _type_code(dtype: torch.dtype) -> int | None:
     """How DLPack names a dtype, as torch says it; None where torch takes it from no DLPack tensor."""
     calls = _calls()
     try:
-        capsule = torch.empty(1, dtype=dtype).__dlpack__()
+        # On the CPU, whatever device is the default one.
+        capsule = torch.empty(1, dtype=dtype, device="cpu").__dlpack__()
         address = calls.pointer_of(capsule, _CAPSULE_NAME)
         code = ctypes.c_uint32.from_address(address + _TYPE_OFFSET).value
         return code if from_dlpack(capsule).dtype == dtype else None

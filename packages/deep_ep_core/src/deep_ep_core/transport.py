@@ -42,7 +42,7 @@ _MAX_TIMEOUT_S = 365.0 * 24 * 3600
 _MAX_POST_S = 1.0
 
 # Transports are made in the same order on every rank, so a count per group gives each the same number everywhere.
-_num_transports: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
+_num_transports: defaultdict[tuple[str, tuple[int, ...]], itertools.count[int]] = defaultdict(itertools.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +118,10 @@ class CollectiveTransport:
         self._num_operations = 0
         self._failure: CommTimeoutError | None = None
         self._has_refused = False
-        self._number = next(_num_transports[self.group.group_name])
-        store_prefix = f"deep_ep/{name}/{self._number}"
+        # The members too: torch may give the name of a group that was destroyed to one of other ranks.
+        members = tuple(dist.get_process_group_ranks(self.group))
+        self._number = next(_num_transports[self.group.group_name, members])
+        store_prefix = f"deep_ep/{name}/{_code(repr(members))}/{self._number}"
         self._roll_call = RollCall(_group_store(self.group, store_prefix), rank=self.rank, num_ranks=self.num_ranks)
         self._backends = _backend_of_device(self.group)
 

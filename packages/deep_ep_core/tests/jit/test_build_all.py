@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import threading
@@ -54,3 +55,28 @@ def test_kernels_beside_one_that_fails_are_compiled(
 
 def test_no_kernels_are_no_work(options: JitOptions, fake_compiler: Any) -> None:
     assert Builder(options, compiler=fake_compiler).build_all([], "sm_90a") == []
+
+
+def test_an_interrupt_leaves_what_has_not_begun(
+    options: JitOptions, make_compiler: Any, specs: list[KernelSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, has_begun = threading.Event(), threading.Event()
+    sources: list[str] = []
+
+    class SlowCompiler(make_compiler):  # type: ignore[misc]
+        def compile(self, job: CompileJob) -> CompileOutput:
+            sources.append(job.source)
+            has_begun.set()
+            may_go_on.wait(timeout=60)
+            return super().compile(job)
+
+    def interrupt(futures: object) -> None:
+        has_begun.wait(timeout=60)
+        threading.Timer(0.1, may_go_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(concurrent.futures, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Builder(options, compiler=SlowCompiler()).build_all(specs, "sm_90a")
+    assert len(sources) == 1

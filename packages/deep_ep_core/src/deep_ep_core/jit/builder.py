@@ -138,6 +138,12 @@ class Builder:
         num_threads = min(len(wanted), os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="deep_ep_jit") as pool:
             futures = [pool.submit(self.build, spec, arch) for spec in wanted]
+            try:
+                concurrent.futures.wait(futures)
+            except BaseException:
+                # As of a key that is pressed: what has not begun is not to be waited for.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return [future.result() for future in futures]
 
     def plan(self, spec: KernelSpec, arch: str) -> BuildPlan:

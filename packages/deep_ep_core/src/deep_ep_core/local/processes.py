@@ -100,6 +100,9 @@ class RankExit:
 def forward_line(rank: int, is_error: bool, line: str, *, has_prefix: bool = True) -> None:
     """Print one output line of a rank to the same stream of this process, and flush it."""
     stream = sys.stderr if is_error else sys.stdout
+    # What this process cannot print must not end the launch.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = line.encode(encoding, "backslashreplace").decode(encoding)
     stream.write(f"[rank {rank}] {line}\n" if has_prefix else f"{line}\n")
     stream.flush()
 

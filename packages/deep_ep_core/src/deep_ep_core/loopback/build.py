@@ -61,9 +61,9 @@ def build_plugin(cache_dir: Path | None = None) -> Path:
     headers = find_nccl_headers(JitOptions.from_env(env))
     digest = _digest(compiler, headers.version if headers is not None else None)
     library = root / "loopback" / digest / _FILE_NAME
-    if library.is_file():
-        return library
     try:
+        if library.is_file():
+            return library
         with file_lock(root / "locks" / f"loopback.{digest}.lock", timeout_s=2 * _COMPILE_TIMEOUT_S):
             if not library.is_file():
                 library.parent.mkdir(parents=True, exist_ok=True)

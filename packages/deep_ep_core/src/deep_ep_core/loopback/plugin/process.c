@@ -22,7 +22,8 @@ int process_open(int pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
 
 bool process_is_alive(int pidfd) {
   struct pollfd entry = {.fd = pidfd, .events = POLLIN};
-  return poll(&entry, 1, 0) == 0;
+  // A signal that interrupts the look says nothing of the process.
+  return poll(&entry, 1, 0) <= 0;
 }
 
 int process_copy_fd(int pidfd, int fd) { return (int)syscall(SYS_pidfd_getfd, pidfd, fd, 0); }
